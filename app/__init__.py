@@ -1,0 +1,22 @@
+"""Winnow, online: one request, a large catalogue, an answer inside the deadline.
+
+     catalogue          ~2,000               ~500                    k
+     ──────────▶ retrieval ──▶ pre-ranking ──▶ re-ranking ──▶ selection ──▶ answer
+       1e3..1e8   user tower    linear model    deep ONNX model   value, top k
+                  + FAISS       on features     S shards over     propensities
+                                                W workers
+
+To change                                   open
+  the order, the budgets, the fallbacks       funnel.py
+  what flows between the stages               flow.py
+  one stage                                   stages/
+  how shards reach processes                  workers/
+  a feature                                   features.py
+  what a bundle holds, what is refused        bundle.py
+  what is known of a person                   users.py
+  the wire: fields, limits                    wire.py
+  routes, statuses, keys                      api.py, keys.py
+  a rule on time or on what replaces what     control/
+  a metric, a log field                       metrics.py, log.py
+  a tunable                                   settings.py
+"""

@@ -1,0 +1,33 @@
+"""Deadlines and budgets: pure rules on numbers. The clock is an argument; nobody here looks at one.
+
+A deadline is made once a request, from the moment its first header byte was read, and is an absolute instant
+of the process's monotonic clock. A budget is the share of the whole timeout by whose end a stage must have
+answered; shares, not milliseconds, so that a request with a shorter timeout shortens every stage alike.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When the answer must leave. Both in seconds; `started_at` on the monotonic clock."""
+
+    started_at: float
+    timeout_s: float
+
+    @property
+    def at(self) -> float:
+        return self.started_at + self.timeout_s
+
+    def remaining(self, now: float) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self.at - now)
+
+    def limit(self, share: float, now: float, reserve_s: float) -> float:
+        """Seconds a stage may still take whose budget ends at `share` of the timeout.
+
+        `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
+        never more than a fifth of the timeout, else a short timeout would leave no time at all.
+        """
+        end = min(self.started_at + share * self.timeout_s, self.at - min(reserve_s, 0.2 * self.timeout_s))
+        return max(0.0, end - now)

@@ -1,0 +1,89 @@
+"""The exceptions of the online path. Which HTTP status each becomes is decided in api.py alone.
+
+WinnowError
+├── ClientError              the caller can mend it
+│   ├── MalformedBody            not JSON
+│   ├── InvalidRequest           JSON, but not what the schema or the bundle allows: names the fields
+│   ├── BodyTooLarge             more bytes than we read
+│   ├── UnsupportedMedia         not application/json
+│   ├── NotAuthenticated         no key, or one that we don't know
+│   └── NotAllowed               a key without this right
+├── CapacityError            no permit: starting, draining or full; try again later
+├── ServerError              something outside this request broke
+│   ├── BundleError              a bundle that must not be served: names the file
+│   ├── StageFailed              a model, an index or a worker failed: a fallback takes its place
+│   └── DeadlineMissed           only for `strict`: the full funnel did not fit the deadline
+└── ContractError            our bug: loud, never degraded away
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One thing wrong with a request: the field's path, its value, and what is allowed."""
+
+    field: str
+    value: Any
+    allowed: str
+
+
+class WinnowError(Exception):
+    """Root of the tree."""
+
+
+class ClientError(WinnowError):
+    """The caller can mend it."""
+
+
+class MalformedBody(ClientError):
+    """The body isn't JSON."""
+
+
+class InvalidRequest(ClientError):
+    """The body is JSON, but not what the schema or the bundle allows."""
+
+    def __init__(self, *errors: FieldError) -> None:
+        super().__init__("; ".join(f"{e.field}: {e.allowed}" for e in errors))
+        self.errors = errors
+
+
+class BodyTooLarge(ClientError):
+    """The body is longer than the limit."""
+
+
+class UnsupportedMedia(ClientError):
+    """The body's media type isn't application/json."""
+
+
+class NotAuthenticated(ClientError):
+    """No key was sent, or none that we know."""
+
+
+class NotAllowed(ClientError):
+    """The key lacks this right."""
+
+
+class CapacityError(WinnowError):
+    """No permit now: starting, draining or full."""
+
+
+class ServerError(WinnowError):
+    """Something outside this request broke."""
+
+
+class BundleError(ServerError):
+    """A bundle that must not be served. The message is one sentence that names the file."""
+
+
+class StageFailed(ServerError):
+    """A model, an index or a worker failed; the funnel puts a fallback in its place."""
+
+
+class DeadlineMissed(ServerError):
+    """The full funnel did not fit the deadline and the caller asked for nothing less."""
+
+
+class ContractError(WinnowError):
+    """A promise between two stages was broken: a defect in Winnow."""

@@ -1,0 +1,305 @@
+"""Features: what is known of a request and of the items → the arrays that the models read.
+
+The same code runs online, in the workers and in training, so a feature can't mean two things. It owns the
+feature schema (which input reads what) and the arithmetic of the named features of the linear pre-ranker.
+It does not find out who the person is (users.py) and does not load anything (bundle.py).
+
+Conventions: a history is stored and sent oldest first; a model reads it newest first, so that position 0
+means "the last one", cut or zero-padded to the input's length, with a mask of ones and zeros. Inputs have
+a first axis of 1 (`per: request`) or n (`per: item`, `per: pair`). f16 tables are read as f32, integers as i64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.flow import Candidates, Person, Rows
+
+Array = NDArray[Any]
+Tables = Mapping[str, Array]  # item tables by name, each [N, ...]
+
+HISTORY_READ = 50  # items that history_* features look at; more changes nothing measurable on MovieLens
+ROW = "row"  # pseudo-table: the row number itself
+
+
+class Source(StrEnum):
+    """Where a model input comes from."""
+
+    REQUEST = "request"
+    CONTEXT = "context"
+    USER_TABLE = "user_table"
+    HISTORY = "history"
+    ITEM_TABLE = "item_table"
+    CANDIDATE = "candidate"
+    USER_EMBEDDING = "user_embedding"
+    ITEM_EMBEDDING = "item_embedding"
+    RETRIEVAL_SCORE = "retrieval_score"
+
+
+# Which part of a request a field is sent in, and so the prefix of its schema key.
+FIELD_PREFIX = {
+    Source.REQUEST: "query",
+    Source.CONTEXT: "context",
+    Source.USER_TABLE: "user",
+    Source.CANDIDATE: "candidate",
+}
+PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.RETRIEVAL_SCORE)
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused; what is read stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelInput(Strict):
+    """Binds one input of a graph, by name, to its source.
+
+    table: for `history` and `item_table`; "row" gives row numbers. field, dtype, shape, default: for what a
+    request or a user table holds; `shape` is without the first axis. length, mask: for `history`, how many
+    items and the name of the input that gets the mask.
+    """
+
+    name: str
+    source: Source
+    table: str | None = None
+    field: str | None = None
+    dtype: Literal["float32", "int64"] = "float32"
+    shape: tuple[int, ...] = (1,)
+    default: float = 0.0
+    length: int = Field(default=0, ge=0, le=1_000)
+    mask: str | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_source_needs(self) -> "ModelInput":
+        if (self.source in (Source.HISTORY, Source.ITEM_TABLE)) != (self.table is not None):
+            raise ValueError(f"input {self.name}: `table` goes with the sources history and item_table")
+        if (self.source in FIELD_PREFIX) != (self.field is not None):
+            raise ValueError(f"input {self.name}: `field` goes with {', '.join(FIELD_PREFIX)}")
+        if (self.source is Source.HISTORY) != (self.length > 0):
+            raise ValueError(f"input {self.name}: `length` (1 to 1000) goes with the source history")
+        return self
+
+    @property
+    def per(self) -> Literal["request", "item"]:
+        """Whether its first axis is 1 or n."""
+        return "item" if self.source in PER_ITEM else "request"
+
+    @property
+    def key(self) -> str:
+        """The schema key of its field, such as "user.age"."""
+        return f"{FIELD_PREFIX[self.source]}.{self.field}"
+
+
+class FieldSpec(Strict):
+    """A value that a request (or the user table) may hold: numbers of a fixed shape, or a category."""
+
+    dtype: Literal["float32", "int64"] = "float32"
+    shape: tuple[int, ...] = (1,)
+    default: float = 0.0
+
+    def filled(self, n: int = 1) -> Array:
+        """n rows of the default, [n, *shape]."""
+        return np.full((n, *self.shape), self.default, self.dtype)
+
+
+class FeatureSchema(Strict):
+    """Everything the models of a bundle read, and from where."""
+
+    user_tower: tuple[ModelInput, ...]
+    re_ranker: tuple[ModelInput, ...]
+    pre_ranker: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[ModelInput, ...]:
+        return self.user_tower + self.re_ranker
+
+    @property
+    def fields(self) -> dict[str, FieldSpec]:
+        """Every field by its key; what only the pre-ranker reads is one float32."""
+        specs = {
+            f"{kind}.{name}": FieldSpec()
+            for kind, _, name in (feature.partition(".") for feature in self.pre_ranker)
+            if kind in FIELD_PREFIX.values()
+        }
+        for i in self.inputs:
+            if i.source in FIELD_PREFIX:
+                specs[i.key] = FieldSpec(dtype=i.dtype, shape=i.shape, default=i.default)
+        return specs
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the features of one request are made from.
+
+    candidate_fields: by schema key, each [n, *shape], in the order of `candidates`; absent means the default.
+    """
+
+    tables: Tables
+    person: Person
+    candidates: Candidates
+    candidate_fields: Mapping[str, Array]
+
+
+def model_dtype(table: Array) -> type[np.float32] | type[np.int64]:
+    """The type in which a graph reads this table."""
+    return np.int64 if table.dtype.kind in "iu" else np.float32
+
+
+def read_rows(tables: Tables, table: str, rows: Rows) -> Array:
+    """These rows of an item table in the type that graphs read: [n, ...]."""
+    if table == ROW:
+        return rows
+    source = tables[table]
+    return np.asarray(source[rows], model_dtype(source))
+
+
+def request_inputs(inputs: Sequence[ModelInput], tables: Tables, person: Person) -> dict[str, Array]:
+    """The inputs with `per: request` that don't need the user tower: first axis 1."""
+    arrays: dict[str, Array] = {}
+    for i in inputs:
+        if i.source is Source.HISTORY:
+            arrays |= _history(i, tables, person.history)
+        elif i.source in FIELD_PREFIX and i.per == "request":
+            arrays[i.name] = person.fields[i.key]
+    return arrays
+
+
+def _history(i: ModelInput, tables: Tables, history: Rows) -> dict[str, Array]:
+    newest = history[::-1][: i.length]
+    values = read_rows(tables, str(i.table), newest)
+    padded = np.zeros((1, i.length, *values.shape[1:]), values.dtype)
+    padded[0, : len(newest)] = values
+    arrays = {i.name: padded}
+    if i.mask:
+        arrays[i.mask] = (np.arange(i.length) < len(newest)).astype(np.float32)[None]
+    return arrays
+
+
+def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]:
+    """The inputs whose first axis is n, and the user embedding."""
+    candidates, n = given.candidates, len(given.candidates)
+    arrays: dict[str, Array] = {}
+    for i in inputs:
+        if i.source is Source.ITEM_TABLE:
+            arrays[i.name] = read_rows(given.tables, str(i.table), candidates.rows)
+        elif i.source is Source.ITEM_EMBEDDING:
+            arrays[i.name] = read_rows(given.tables, "embedding", candidates.rows)
+        elif i.source is Source.RETRIEVAL_SCORE:
+            arrays[i.name] = candidates.retrieval_scores
+        elif i.source is Source.USER_EMBEDDING:
+            arrays[i.name] = candidates.user_embedding[None]
+        elif i.source is Source.CANDIDATE:
+            spec = FieldSpec(dtype=i.dtype, shape=i.shape, default=i.default)
+            arrays[i.name] = given.candidate_fields.get(i.key, spec.filled(n))
+    return arrays
+
+
+def re_ranker_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]:
+    """All inputs of the re-ranker for these candidates."""
+    return request_inputs(inputs, given.tables, given.person) | item_inputs(inputs, given)
+
+
+# ---------------------------------------------------------------- named features of the linear pre-ranker
+
+
+def named_features(names: Sequence[str], given: Inputs) -> NDArray[np.float32]:
+    """The features of these names for each candidate: f32[n, len(names)].
+
+    retrieval_score            user_embedding · item_embedding
+    item.<table>[.<j>]         the item's value, or column j of it
+    user.<f> context.<f> query.<f> candidate.<f>   a field that the request holds
+    history_log_count          log(1 + items in the history)
+    history_max.<table>, history_mean.<table>, history_last.<table>
+                               of the inner products of the candidate's row with those of the last 50 items
+    history_overlap.<table>    share of the candidate's values found in a history item, mean over the history
+    history_gap.<table>        |value − mean over the history|
+    A person without a history has 0 for all of history_*. Raises KeyError for a name or table there isn't.
+    """
+    matrix = np.empty((len(given.candidates), len(names)), np.float32)
+    similarity: dict[str, NDArray[np.float32]] = {}
+    for column, name in enumerate(names):
+        matrix[:, column] = _named(name, given, similarity)
+    return matrix
+
+
+def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]]) -> Any:
+    kind, _, argument = name.partition(".")
+    if kind == "retrieval_score":
+        return given.candidates.retrieval_scores
+    if kind == "item":
+        table, _, column = argument.partition(".")
+        values = given.tables[table][given.candidates.rows]
+        return values[:, int(column)] if column else values
+    if kind == "candidate":
+        values = given.candidate_fields.get(name)
+        return 0.0 if values is None else values.reshape(len(given.candidates))
+    if kind in FIELD_PREFIX.values():
+        return given.person.fields[name].reshape(())
+    if kind == "history_log_count":
+        return np.log1p(len(given.person.history))
+    if kind not in HISTORY_FEATURES:
+        raise KeyError(f"no feature named {name}")
+    return HISTORY_FEATURES[kind](argument, given, similarity)
+
+
+def _similarities(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """f32[n, h]: inner products with the last items of the history, newest first."""
+    if table not in cache:
+        values = given.tables[table]
+        newest = given.person.history[::-1][:HISTORY_READ]
+        of_items = np.asarray(values[given.candidates.rows], np.float32)
+        cache[table] = of_items @ np.asarray(values[newest], np.float32).T
+    return cache[table]
+
+
+def _history_max(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
+    products = _similarities(table, given, cache)
+    return products.max(axis=1) if products.shape[1] else 0.0
+
+
+def _history_mean(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
+    products = _similarities(table, given, cache)
+    return products.mean(axis=1) if products.shape[1] else 0.0
+
+
+def _history_last(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
+    products = _similarities(table, given, cache)
+    return products[:, 0] if products.shape[1] else 0.0
+
+
+def _history_overlap(table: str, given: Inputs, _: object) -> Any:
+    values = given.tables[table].reshape(len(given.tables[table]), -1)
+    newest = values[given.person.history[::-1][:HISTORY_READ]]
+    mine = values[given.candidates.rows]
+    if not len(newest):
+        return 0.0
+    # How often each value stands in the history's items, counted once an item.
+    seen, counts = np.unique(np.concatenate([np.unique(row[row >= 0]) for row in newest]), return_counts=True)
+    if not len(seen):
+        return 0.0
+    at = np.minimum(np.searchsorted(seen, mine), len(seen) - 1)
+    share = np.where((seen[at] == mine) & (mine >= 0), counts[at], 0) / len(newest)
+    return share.sum(axis=1) / np.maximum((mine >= 0).sum(axis=1), 1)
+
+
+def _history_gap(table: str, given: Inputs, _: object) -> Any:
+    values, newest = given.tables[table], given.person.history[::-1][:HISTORY_READ]
+    if not len(newest):
+        return 0.0
+    mean = np.asarray(values[newest], np.float32).mean()
+    return np.abs(np.asarray(values[given.candidates.rows], np.float32) - mean)
+
+
+HISTORY_FEATURES = {
+    "history_max": _history_max,
+    "history_mean": _history_mean,
+    "history_last": _history_last,
+    "history_overlap": _history_overlap,
+    "history_gap": _history_gap,
+}

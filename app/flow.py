@@ -1,0 +1,248 @@
+"""What flows through the funnel: Query → Candidates → Scored → Ranking.
+
+Frozen records with arrays in columns: one array a field, not one object an item. Arrays are read-only
+from the moment they are in a record (`sealed`). Rows are numbers in the catalogue of one generation and
+mean nothing outside it. What a stage may do to these records is checked in funnel.py, nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag, StrEnum
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.control.deadline import Deadline
+
+Rows = NDArray[np.int64]
+Scores = NDArray[np.float32]
+A = TypeVar("A", bound=np.generic)
+
+
+class Stage(IntEnum):
+    """The stages in order; the number is what `scored_by` and `Ranking.stages` hold."""
+
+    RETRIEVAL = 0
+    PRERANKING = 1
+    RERANKING = 2
+    SELECTION = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class Origin(IntFlag):
+    """How a candidate came in: a bit for each way."""
+
+    INDEX = 1
+    CALLER = 2
+    POPULAR = 4
+
+
+class Outcome(StrEnum):
+    """How a stage ended: whole, on a part of its width, not asked, over its time, or in a fault."""
+
+    OK = "ok"
+    PARTIAL = "partial"
+    SKIPPED = "skipped"
+    LATE = "late"
+    FAILED = "failed"
+
+
+def sealed(array: NDArray[A]) -> NDArray[A]:
+    """The same array, from now on read-only."""
+    array.flags.writeable = False
+    return array
+
+
+def best_first(scores: Scores, rows: Rows) -> NDArray[np.intp]:
+    """Positions in falling order of score; what isn't finite sinks to the end; ties break by row."""
+    keys = np.where(np.isfinite(scores), -scores, np.inf)
+    return np.lexsort((rows, keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """What is known of the person a request is for.
+
+    history: item rows, oldest first, i64[h]; may be empty.
+    fields: request-level feature values by their schema key ("user.age"), each [1, *shape].
+    is_known: the id was found in the bundle's user table.
+    """
+
+    history: Rows
+    fields: Mapping[str, NDArray[Any]]
+    is_known: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A condition on an item table; of a row with several values, any may satisfy it.
+
+    values: the allowed values (`eq`, `in`), or None; low, high: inclusive bounds, or None.
+    """
+
+    table: str
+    values: NDArray[Any] | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One request, resolved against one generation: nothing in it is an external id any more.
+
+    candidates: the rows the caller wants ranked, or None to retrieve them.
+    candidate_fields: what the caller sent with the candidates, each [len(candidates), *shape].
+    exclude: rows that must not be in the answer, sorted.
+    rerank_count: the caller's width for re-ranking, or None for the bundle's.
+    ignored: how many of the ids sent in `history`, `candidates`, `exclude` the catalogue doesn't have.
+    """
+
+    request_id: str
+    person: Person
+    k: int
+    filters: tuple[Filter, ...] = ()
+    exclude: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    candidates: Rows | None = None
+    candidate_fields: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rerank_count: int | None = None
+    is_strict: bool = False
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What retrieval found.
+
+    rows: i64[n], unique. retrieval_scores: f32[n]. origins: u32[n], bits of `Origin`.
+    user_embedding: f32[d], the user tower's output; zeros if the tower failed.
+    """
+
+    rows: Rows
+    retrieval_scores: Scores
+    origins: NDArray[np.uint32]
+    user_embedding: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, at: NDArray[np.intp]) -> Candidates:
+        """The candidates at these positions, in this order."""
+        return Candidates(
+            sealed(self.rows[at]),
+            sealed(self.retrieval_scores[at]),
+            sealed(self.origins[at]),
+            self.user_embedding,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Candidates with a score each, in the candidates' own order.
+
+    scores: f32[n]. scored_by: u8[n], the `Stage` that made each score: where it isn't `stage`, the score is
+    carried over from before, brought to this stage's scale by the bundle's calibration.
+    """
+
+    candidates: Candidates
+    scores: Scores
+    stage: Stage
+    scored_by: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def is_fresh(self) -> NDArray[np.bool_]:
+        """bool[n]: scored by this stage itself, not carried."""
+        return self.scored_by == self.stage
+
+    def top(self, m: int) -> Scored:
+        """The m best, best first; all of them in order when there are no more than m."""
+        at = best_first(self.scores, self.candidates.rows)[:m]
+        return Scored(
+            self.candidates.take(at), sealed(self.scores[at]), self.stage, sealed(self.scored_by[at])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """A recorded departure from the full funnel: where, why, and what took its place."""
+
+    stage: Stage
+    reason: str
+    substitute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What a stage did to a watched row: its score and rank (0 is best), or why it is gone."""
+
+    row: int
+    score: float | None
+    rank: int | None
+    dropped: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one stage did for one request. `wanted` and `done` are widths, in candidates."""
+
+    stage: Stage
+    wanted: int
+    done: int
+    n_out: int
+    seconds: float
+    outcome: Outcome
+    shards: int = 0
+    shards_ok: int = 0
+    fates: tuple[Fate, ...] = ()
+
+
+@dataclass(slots=True)
+class RequestScope:
+    """The state of one request while it is in the funnel; the only record that grows.
+
+    keep: how many candidates go on from pre-ranking; rerank_width: how many of them re-ranking scores.
+    watched: rows whose fate every stage reports.
+    """
+
+    generation: str
+    deadline: Deadline
+    keep: int
+    rerank_width: int
+    watched: tuple[int, ...] = ()
+    reports: list[StageReport] = field(default_factory=list)
+    degradations: list[Degradation] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The answer, best first.
+
+    rows: i64[k]. scores: f32[k], all on the re-ranker's scale. values: f32[k], what the order is by.
+    stages: u8[k], who scored each item. propensities: f64[k] in (0, 1], the probability that the item
+    was shown where it is. empty_reason: why there is no item, or None.
+    """
+
+    rows: Rows
+    scores: Scores
+    values: Scores
+    stages: NDArray[np.uint8]
+    propensities: NDArray[np.float64]
+    generation: str
+    degradations: tuple[Degradation, ...]
+    reports: tuple[StageReport, ...]
+    empty_reason: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def report(self, stage: Stage) -> StageReport:
+        """The report of one stage."""
+        return next(r for r in self.reports if r.stage is stage)

@@ -1,0 +1,92 @@
+"""Every tunable of the service: unit, range, default, reason. The only reader of the environment.
+
+`WINNOW_<NAME>` sets the field <name>. What belongs to the models (widths, budgets) is in the bundle's
+manifest instead, and what the wire format allows at most is in `Limits`, since the published schema holds it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """An environment variable that can't be used; the message names it and what is allowed."""
+
+
+class Limits:
+    """The most that one request may hold. Constants: they are part of the OpenAPI document."""
+
+    BODY_BYTES = 1 << 20  # 10,000 candidates with features are 600 kB
+    K = 1_000
+    HISTORY = 1_000  # more than any model here reads
+    CANDIDATES = 10_000
+    EXCLUDE = 10_000
+    FILTERS = 16
+    FILTER_VALUES = 1_000
+    FEATURES = 256
+    FEATURE_LENGTH = 4_096  # numbers in one list-valued feature
+    ID_LENGTH = 256
+    TIMEOUT_MS = 10_000
+
+
+def tunable(default: Any, why: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its reason and its range (inclusive)."""
+    return field(default=default, metadata={"why": why, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one process runs with. Seconds inside; milliseconds only where the name says so."""
+
+    bundle: Path = tunable(Path("bundle"), "directory of the bundle to serve")
+    host: str = tunable("127.0.0.1", "address of the ranking port; beyond loopback only with API keys")
+    port: int = tunable(8000, "ranking port; 0 lets the system choose", low=0, high=65535)
+    admin_host: str = tunable("127.0.0.1", "address of the admin port: metrics, generations")
+    admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
+    workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
+    threads: int = tunable(
+        4, "threads for tower, index and linear stage; they release the GIL", low=1, high=64
+    )
+    sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
+    user_limit_ms: float = tunable(5.0, "time to find out who asks, else they are unknown", low=0.1, high=1e3)
+    reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)
+    max_inflight: int = tunable(64, "requests in the funnel at once; more are refused", low=1, high=10_000)
+    drain_s: float = tunable(10.0, "how long a stop waits for requests in flight", low=0, high=600)
+    api_keys_file: Path | None = tunable(None, "SHA-256 digests of API keys with their rights")
+    log_level: str = tunable("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and not low <= value <= high:
+                raise SettingsError(f"WINNOW_{f.name.upper()}={value}: allowed is {low:g} to {high:g}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is debug, info, warning, error")
+        if not self.api_keys_file and not is_loopback(self.host):
+            raise SettingsError(
+                f"WINNOW_HOST={self.host}: without WINNOW_API_KEYS_FILE only a loopback address is allowed"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine reaches."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def from_environment(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from WINNOW_* variables. Raises SettingsError that names the variable."""
+    environ = os.environ if environ is None else environ
+    known = {f"WINNOW_{f.name.upper()}": f for f in fields(Settings)}
+    chosen: dict[str, Any] = {}
+    for name in sorted(n for n in environ if n.startswith("WINNOW_")):
+        if name not in known:
+            raise SettingsError(f"{name}: no such setting; allowed are {', '.join(known)}")
+        kind = known[name].type
+        parse = kind if kind in (int, float, str) else Path
+        try:
+            chosen[known[name].name] = parse(environ[name])  # type: ignore[operator, call-arg, arg-type]
+        except ValueError as e:
+            raise SettingsError(f"{name}={environ[name]!r}: allowed is {parse.__name__}") from e
+    return Settings(**chosen)
