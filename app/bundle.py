@@ -1,9 +1,9 @@
 """Bundles: the contract between any trainer and the service. Manifest, verification, loading.
 
-A bundle is a directory with everything that one version of the funnel needs; DESIGN of the files is in
-docs/bundle.md. Loading believes nothing: every file is in the manifest with its size and SHA-256, no file is
-there that isn't, no link or path leaves the directory, models are made from the very bytes that were hashed, and
-shapes are checked against the models. Each refusal is one sentence that names the file (`BundleError`).
+A bundle is a directory with everything that one version of the funnel needs; docs/bundle.md goes through its
+files. Loading believes nothing: every file is in the manifest with its size and SHA-256, no file is there that
+isn't, no link or path leaves the directory, models are made from the very bytes that were hashed, and shapes
+are checked against the models. Each refusal is one sentence that names the file (`BundleError`).
 
 A `Generation` is what is loaded and verified; warmup.py proves it on its golden requests before it serves.
 This module is long because the checks belong beside the loading that they guard.
@@ -64,7 +64,7 @@ class Retriever(Strict):
     tower: str = "user_tower.onnx"
     index: str = "index.faiss"
     n: int = Field(ge=1)
-    search: dict[Literal["nprobe", "efSearch"], int] = {}
+    search: dict[Literal["nprobe", "efSearch"], int] = Field(default_factory=dict)
     overfetch: float = Field(default=1.0, ge=1.0)
     recall: Recall
 
@@ -143,7 +143,7 @@ class Manifest(Strict):
     funnel: FunnelConfig
     features: FeatureSchema
     calibration: Calibration
-    offline_metrics: dict[str, Any] = {}
+    offline_metrics: dict[str, Any] = Field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
 
 
@@ -285,6 +285,23 @@ def load(path: Path, digest: str | None = None) -> Generation:
     )
     check_shapes(generation)
     return generation
+
+
+@dataclass(frozen=True, slots=True)
+class RerankerParts:
+    """What a worker needs of a bundle that its parent has verified whole."""
+
+    digest: str
+    features: FeatureSchema
+    tables: Tables
+    session: ort.InferenceSession
+
+
+def load_re_ranker(path: Path, digest: str) -> RerankerParts:
+    """The re-ranker and the item tables; the manifest and the model are checked again, tables only mapped."""
+    manifest, _ = read_manifest(path, digest)
+    tables = _tables(path / ITEMS, "ids", "id_order")
+    return RerankerParts(digest, manifest.features, tables, _session(path, manifest, "re_ranker.onnx"))
 
 
 def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]:

@@ -6,7 +6,8 @@ It does not find out who the person is (users.py) and does not load anything (bu
 
 Conventions: a history is stored and sent oldest first; a model reads it newest first, so that position 0
 means "the last one", cut or zero-padded to the input's length, with a mask of ones and zeros. Inputs have
-a first axis of 1 (`per: request`) or n (`per: item`, `per: pair`). f16 tables are read as f32, integers as i64.
+a first axis of 1 (`per: request`) or n (`per: item`, `per: pair`). f16 tables are read as f32, integers
+as i64.
 """
 
 from collections.abc import Mapping, Sequence
@@ -237,8 +238,8 @@ def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]])
         values = given.tables[table][given.candidates.rows]
         return values[:, int(column)] if column else values
     if kind == "candidate":
-        values = given.candidate_fields.get(name)
-        return 0.0 if values is None else values.reshape(len(given.candidates))
+        sent = given.candidate_fields.get(name)
+        return 0.0 if sent is None else sent.reshape(len(given.candidates))
     if kind in FIELD_PREFIX.values():
         return given.person.fields[name].reshape(())
     if kind == "history_log_count":

@@ -8,7 +8,7 @@ mean nothing outside it. What a stage may do to these records is checked in funn
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag, StrEnum
 from typing import Any, TypeVar
 
@@ -71,12 +71,13 @@ class Person:
 
     history: item rows, oldest first, i64[h]; may be empty.
     fields: request-level feature values by their schema key ("user.age"), each [1, *shape].
-    is_known: the id was found in the bundle's user table.
+    is_known: the id was found in the bundle's user table. is_late: finding out took too long.
     """
 
     history: Rows
     fields: Mapping[str, NDArray[Any]]
     is_known: bool = False
+    is_late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,14 @@ class Query:
     rerank_count: int | None = None
     is_strict: bool = False
     ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def sent_with(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        """What the caller sent with these of its candidates, each [len(rows), *shape]."""
+        if not self.candidate_fields or self.candidates is None:
+            return {}
+        order = np.argsort(self.candidates)
+        at = order[np.searchsorted(self.candidates, rows, sorter=order)]
+        return {name: values[at] for name, values in self.candidate_fields.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +169,7 @@ class Scored:
     @property
     def is_fresh(self) -> NDArray[np.bool_]:
         """bool[n]: scored by this stage itself, not carried."""
-        return self.scored_by == self.stage
+        return np.equal(self.scored_by, self.stage)
 
     def top(self, m: int) -> Scored:
         """The m best, best first; all of them in order when there are no more than m."""
@@ -208,17 +217,27 @@ class StageReport:
 class RequestScope:
     """The state of one request while it is in the funnel; the only record that grows.
 
-    keep: how many candidates go on from pre-ranking; rerank_width: how many of them re-ranking scores.
+    Widths in candidates: retrieve_width is asked of retrieval, keep go on from pre-ranking, rerank_width
+    of those are scored by re-ranking.
     watched: rows whose fate every stage reports.
     """
 
     generation: str
     deadline: Deadline
-    keep: int
+    retrieve_width: int
     rerank_width: int
+    keep: int
     watched: tuple[int, ...] = ()
+    shards: int = 0
+    shards_ok: int = 0
     reports: list[StageReport] = field(default_factory=list)
     degradations: list[Degradation] = field(default_factory=list)
+
+    def note(self, report: StageReport) -> None:
+        """Keep a stage's report; re-ranking's gets the shards that were counted meanwhile."""
+        if report.stage is Stage.RERANKING:
+            report = replace(report, shards=self.shards, shards_ok=self.shards_ok)
+        self.reports.append(report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Settings:
         kind = known[name].type
         parse = kind if kind in (int, float, str) else Path
         try:
-            chosen[known[name].name] = parse(environ[name])  # type: ignore[operator, call-arg, arg-type]
+            chosen[known[name].name] = parse(environ[name])
         except ValueError as e:
             raise SettingsError(f"{name}={environ[name]!r}: allowed is {parse.__name__}") from e
     return Settings(**chosen)

@@ -21,6 +21,10 @@ REASONS = {
 }
 
 
+# The look-up of the person belongs to retrieval, which reads it first.
+USER_LATE = Degradation(Stage.RETRIEVAL, "user_late", "what the request says of the person")
+
+
 def degradation(stage: Stage, outcome: Outcome) -> Degradation:
     """The record of this departure. Raises KeyError for an outcome that isn't one."""
     return Degradation(stage, REASONS[outcome], SUBSTITUTES[stage])

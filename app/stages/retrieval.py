@@ -1,0 +1,181 @@
+"""Retrieval: the person's embedding, then the items nearest to it by inner product.
+
+It owns the user tower and the index, and it alone adds candidates. Filters and exclusions hold inside the search:
+where few rows match a filter, or the index kind can't select, the matching rows are searched exactly. Scores
+are always exact inner products with the stored embeddings, whatever the index approximates.
+"""
+
+import asyncio
+import time
+from concurrent.futures import Executor
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from app.bundle import Generation, run_model
+from app.errors import StageFailed
+from app.features import request_inputs
+from app.flow import Candidates, Filter, Origin, Query, RequestScope, Rows, Scores, Stage, sealed
+
+# Up to so many matching rows are searched exactly: 20,000 × 64 take about 5 ms, and a selective search in
+# a graph or an inverted file finds too few of them.
+EXACT_ROWS = 20_000
+BLOCK = 65_536  # rows gathered at a time in an exact search, 16 MB at d = 64
+
+
+class Retrieval:
+    """Query → Candidates, at most as many as wanted; the caller's own candidates are all kept."""
+
+    stage = Stage.RETRIEVAL
+
+    def __init__(self, generation: Generation, threads: Executor) -> None:
+        self.generation, self.threads = generation, threads
+        self.retriever = generation.manifest.retrievers[0]
+        self.embedding = generation.tables["embedding"]
+
+    def wanted(self, scope: RequestScope, query: Query, given: None) -> int:
+        return scope.retrieve_width if query.candidates is None else len(query.candidates)
+
+    async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
+        """The search in a thread; a late one goes on there unheard."""
+        work = asyncio.get_running_loop().run_in_executor(
+            self.threads, self.search, query, scope.retrieve_width
+        )
+        return await asyncio.wait_for(work, until - time.monotonic())
+
+    def search(self, query: Query, width: int) -> Candidates:
+        """Candidates, the nearest first. Raises StageFailed if tower or index fail."""
+        user = self.embed(query)
+        if query.candidates is not None:
+            rows = query.candidates[self._is_allowed(query, query.candidates)]
+            return self._candidates(rows, self._inner_products(rows, user), Origin.CALLER, user)
+        rows, scores = self._search(query, user, width)
+        return self._candidates(rows, scores, Origin.INDEX, user)
+
+    def substitute(self, scope: RequestScope, query: Query, given: None) -> Candidates:
+        """The bundle's popular items (or the caller's own), all with a typical score, best first."""
+        rows = self.generation.popular if query.candidates is None else query.candidates
+        rows = rows[self._is_allowed(query, rows)]
+        if query.candidates is None:
+            rows = rows[: scope.retrieve_width]
+        typical = self.generation.manifest.calibration.typical_retrieval_score
+        # A step well above float32's resolution keeps the order, and moves no score by more than a thousandth.
+        scores = np.float32(typical) - np.arange(len(rows), dtype=np.float32) * np.float32(
+            1e-3 * max(abs(typical), 1.0) / max(len(rows), 1)
+        )
+        user = np.zeros(self.generation.d, np.float32)
+        origin = Origin.POPULAR if query.candidates is None else Origin.CALLER
+        return self._candidates(rows, scores, origin, user)
+
+    def embed(self, query: Query) -> NDArray[np.float32]:
+        """The user tower's output, f32[d]."""
+        inputs = self.generation.manifest.features.user_tower
+        feeds = request_inputs(inputs, self.generation.tables, query.person)
+        user = np.asarray(run_model(self.generation.user_tower, feeds), np.float32).reshape(-1)
+        if user.shape != (self.generation.d,) or not np.isfinite(user).all():
+            raise StageFailed("the user tower's output is not a finite embedding")
+        return user
+
+    def _candidates(
+        self, rows: Rows, scores: Scores, origin: Origin, user: NDArray[np.float32]
+    ) -> Candidates:
+        origins = np.full(len(rows), origin, np.uint32)
+        rows = np.array(rows, np.int64)
+        return Candidates(sealed(rows), sealed(scores), sealed(origins), sealed(user))
+
+    # ------------------------------------------------------------------------------------- search
+
+    def _search(self, query: Query, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
+        excluded = self._excluded(query)
+        if query.filters:
+            eligible = self._matching(query.filters)
+            eligible[excluded] = False
+            n_eligible = np.count_nonzero(eligible)
+            if n_eligible > max(EXACT_ROWS, width):
+                found = self._search_index(user, width, eligible)
+                if len(found[0]) == width:
+                    return found
+            return self._search_exactly(np.flatnonzero(eligible), user, width)
+        rows, scores = self._search_index(user, width + len(excluded), None)
+        is_allowed = np.isin(rows, excluded, invert=True)
+        return rows[is_allowed][:width], scores[is_allowed][:width]
+
+    def _search_index(
+        self, user: NDArray[np.float32], width: int, eligible: NDArray[np.bool_] | None
+    ) -> tuple[Rows, Scores]:
+        n_fetched = min(self.generation.n_items, int(width * self.retriever.overfetch))
+        selector = (
+            None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
+        )
+        try:
+            scores, rows = self.generation.index.search(
+                user[None], n_fetched, params=self._parameters(selector, n_fetched)
+            )
+        except RuntimeError as e:
+            if selector is not None:  # this kind can't select: the exact search does it
+                return np.empty(0, np.int64), np.empty(0, np.float32)
+            raise StageFailed(f"index: {e}") from e
+        rows, scores = rows[0], scores[0]
+        rows, scores = rows[rows >= 0], scores[rows >= 0]
+        if self.retriever.kind in ("ivf_sq8", "ivf_pq"):
+            return self._search_exactly(rows, user, width)
+        return rows[:width], scores[:width]
+
+    def _parameters(self, selector: Any, n_fetched: int) -> Any:
+        search = self.retriever.search
+        if self.retriever.kind == "flat":
+            return faiss.SearchParameters(sel=selector)
+        if self.retriever.kind == "hnsw":
+            return faiss.SearchParametersHNSW(efSearch=max(search["efSearch"], n_fetched), sel=selector)
+        return faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
+
+    def _search_exactly(self, rows: Rows, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
+        scores = self._inner_products(rows, user)
+        if len(rows) > width:
+            at = np.argpartition(-scores, width - 1)[:width]
+            rows, scores = rows[at], scores[at]
+        order = np.lexsort((rows, -scores))
+        return rows[order], scores[order]
+
+    def _inner_products(self, rows: Rows, user: NDArray[np.float32]) -> Scores:
+        scores = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            scores[start : start + BLOCK] = np.asarray(self.embedding[block], np.float32) @ user
+        return scores
+
+    # --------------------------------------------------------------------------- what may be found
+
+    def _excluded(self, query: Query) -> Rows:
+        if not self.generation.manifest.funnel.exclude_history:
+            return query.exclude
+        return np.union1d(query.exclude, query.person.history)
+
+    def _is_allowed(self, query: Query, rows: Rows) -> NDArray[np.bool_]:
+        """bool[len(rows)]: what filters and exclusions leave. A caller's candidate may be in the history."""
+        excluded = query.exclude if query.candidates is not None else self._excluded(query)
+        allowed = np.isin(rows, excluded, invert=True)
+        for condition in query.filters:
+            allowed &= matches(condition, self.generation.tables[condition.table][rows])
+        return allowed
+
+    def _matching(self, filters: tuple[Filter, ...]) -> NDArray[np.bool_]:
+        """bool[N]: the rows that satisfy every filter."""
+        mask = np.ones(self.generation.n_items, np.bool_)
+        for condition in filters:
+            mask &= matches(condition, self.generation.tables[condition.table])
+        return mask
+
+
+def matches(condition: Filter, values: NDArray[Any]) -> NDArray[np.bool_]:
+    """bool[n]: whether any of a row's values satisfies the condition. values: [n] or [n, m]."""
+    held: NDArray[np.bool_] = np.ones(values.shape, np.bool_)
+    if condition.values is not None:
+        held &= np.isin(values, condition.values)
+    if condition.low is not None:
+        held &= values >= condition.low
+    if condition.high is not None:
+        held &= values <= condition.high
+    return held if held.ndim == 1 else np.asarray(held.any(axis=1))

@@ -1,0 +1,36 @@
+"""Selection: what is shown, in which order, and with which probability.
+
+It owns the value that the order is by, and it drops to k. Today the value is the score and the order is certain,
+so every propensity is 1; a value of another kind (a bid times its probability), boosts and exploration belong here.
+"""
+
+import numpy as np
+
+from app.flow import Query, Ranking, RequestScope, Scored, sealed
+
+
+class Selection:
+    """Scored → Ranking of min(k, candidates) items."""
+
+    def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
+        """The k best by value; non-finite values sink to the end, ties break by row."""
+        best = fine.top(query.k)
+        return Ranking(
+            rows=best.candidates.rows,
+            scores=best.scores,
+            values=best.scores,
+            stages=best.scored_by,
+            propensities=sealed(np.ones(len(best), np.float64)),
+            generation=scope.generation,
+            degradations=tuple(scope.degradations),
+            reports=tuple(scope.reports),
+            empty_reason=None if len(best) else _why_empty(query),
+        )
+
+
+def _why_empty(query: Query) -> str:
+    if query.candidates is not None:
+        return "none of the candidates is known and left by filters and exclusions"
+    if query.filters:
+        return "no item satisfies the filters and is not excluded"
+    return "every item is excluded"

@@ -1,0 +1,282 @@
+"""The wire: what POST /v1/rank takes and answers, and how a request becomes a Query.
+
+Schemas end at the door: behind `to_query` there are rows and arrays only. A wrong request is refused with every
+field that is wrong, its value and what is allowed; an item that the catalogue doesn't have is no error, it is
+left out and counted (`ignored`). Statuses are api.py's; what is known of the person is users.py's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.bundle import NO_ROW, Generation
+from app.control.deadline import Deadline
+from app.errors import FieldError, InvalidRequest, MalformedBody
+from app.flow import Filter, Person, Query, Ranking, Rows, Stage, sealed
+from app.settings import Limits
+from app.users import field_value
+
+SHOWN_ERRORS = 20
+SHOWN_VALUE = 100  # characters
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=Limits.ID_LENGTH)]
+Id = int | Text
+FeatureValue = Number | Text | Annotated[list[Number], Field(max_length=Limits.FEATURE_LENGTH)]
+Features = Annotated[dict[Text, FeatureValue], Field(max_length=Limits.FEATURES)]
+
+
+class Wire(BaseModel):
+    """Unknown fields are refused, and so are numbers in strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class UserPart(Wire):
+    """Who asks. What is sent here comes before what the bundle's user table knows."""
+
+    id: Id | None = Field(None, description="External id, as in the bundle's user table.")
+    features: Features = Field(default_factory=dict, description="By name, as in the bundle's schema.")
+    history: Annotated[list[Id], Field(max_length=Limits.HISTORY)] | None = Field(
+        None, description="Item ids, oldest first, the most recent last."
+    )
+
+
+class FilterPart(Wire):
+    """A condition on an item table. Of an item with several values, any may satisfy it."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 2})
+
+    field: Text
+    eq: Number | Text | None = None
+    one_of: Annotated[list[Number | Text], Field(max_length=Limits.FILTER_VALUES)] | None = Field(
+        None, alias="in"
+    )
+    gte: Number | None = None
+    lte: Number | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "FilterPart":
+        if self.eq is None and self.one_of is None and self.gte is None and self.lte is None:
+            raise ValueError("one of eq, in, gte, lte is needed")
+        if self.eq is not None and self.one_of is not None:
+            raise ValueError("eq or in, not both")
+        return self
+
+
+class CandidatePart(Wire):
+    """A candidate with features that only the caller knows (a bid, a distance)."""
+
+    id: Id
+    features: Features = Field(default_factory=dict)
+
+
+class RankRequest(Wire):
+    """One ranking request. Everything is optional: an empty object asks for the best for anybody."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user": {"history": []}, "k": 3, "timeout_ms": 100}]}
+    )
+
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]{1,128}$")] | None = None
+    user: UserPart = UserPart()
+    query: Features = Field(default_factory=dict, description="Features of what was asked for.")
+    context: Features = Field(default_factory=dict, description="Features of the moment.")
+    k: int | None = Field(None, ge=1, le=Limits.K, description="Items wanted; the bundle's k if absent.")
+    timeout_ms: float | None = Field(None, ge=1, le=Limits.TIMEOUT_MS, allow_inf_nan=False)
+    rerank_count: int | None = Field(None, ge=1, le=Limits.CANDIDATES, description="Width of re-ranking.")
+    filters: list[FilterPart] = Field(default_factory=list, max_length=Limits.FILTERS)
+    exclude: list[Id] = Field(default_factory=list, max_length=Limits.EXCLUDE)
+    candidates: Annotated[list[Id | CandidatePart], Field(max_length=Limits.CANDIDATES)] | None = Field(
+        None, description="Rank these instead of retrieving."
+    )
+    strict: bool = Field(False, description="504 rather than a degraded answer.")
+    priority: Literal["low", "normal", "high"] = Field(
+        "normal", description="Under pressure low is refused first, high last."
+    )
+
+
+# ------------------------------------------------------------------------------------------- answers
+
+
+class ItemPart(Wire):
+    id: Id
+    score: float | None = Field(description="On the re-ranker's scale; null: the model gave no number.")
+    stage: Literal["retrieval", "preranking", "reranking"] = Field(description="Which stage scored it.")
+    propensity: float = Field(gt=0, le=1, description="Probability that it was shown in this place.")
+
+
+class CoveragePart(Wire):
+    wanted: int = Field(description="Re-ranking's configured width, or all candidates when they are fewer.")
+    reranked: int
+    shards_ok: int
+    shards: int
+
+
+class DegradedPart(Wire):
+    stage: Literal["retrieval", "preranking", "reranking"]
+    reason: str
+    substitute: str
+
+
+class RankResponse(Wire):
+    """The answer, and what was given up for it."""
+
+    request_id: str
+    generation: str
+    items: list[ItemPart]
+    empty_reason: str | None = Field(description="Why there is no item; null when there is one.")
+    coverage: CoveragePart
+    degraded: list[DegradedPart]
+    expected_ndcg_loss: float | None = Field(
+        description="0 for a full answer; null where this bundle has no measurement of the loss."
+    )
+    ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
+        description="Ids sent that the catalogue doesn't have, or that were sent twice."
+    )
+    took_ms: dict[str, float] = Field(description="Milliseconds by stage, and in total.")
+
+
+def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:
+    """The body of a 200, in the form of RankResponse."""
+    reranking = ranking.report(Stage.RERANKING)
+    scores = [s if np.isfinite(s) else None for s in ranking.scores.tolist()]
+    columns = zip(ids, scores, ranking.stages.tolist(), ranking.propensities.tolist(), strict=True)
+    return {
+        "request_id": query.request_id,
+        "generation": ranking.generation,
+        "items": [
+            {"id": i, "score": score, "stage": Stage(stage).label, "propensity": p}
+            for i, score, stage, p in columns
+        ],
+        "empty_reason": ranking.empty_reason,
+        "coverage": {
+            "wanted": reranking.wanted,
+            "reranked": reranking.done,
+            "shards_ok": reranking.shards_ok,
+            "shards": reranking.shards,
+        },
+        "degraded": [
+            {"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute}
+            for d in ranking.degradations
+        ],
+        "expected_ndcg_loss": None if ranking.degradations else 0.0,
+        "ignored": dict(query.ignored),
+        "took_ms": took_ms,
+    }
+
+
+# ------------------------------------------------------------------------------------ wire → Query
+
+
+def parse(body: bytes) -> RankRequest:
+    """Raises MalformedBody if it isn't JSON, InvalidRequest if it isn't the schema."""
+    try:
+        return RankRequest.model_validate_json(body)
+    except ValidationError as e:
+        errors = e.errors(include_url=False, include_context=False)
+        if errors[0]["type"] == "json_invalid":
+            raise MalformedBody(errors[0]["msg"]) from e
+        raise InvalidRequest(
+            *(FieldError(_path(x["loc"]), shown(x["input"]), x["msg"]) for x in errors[:SHOWN_ERRORS])
+        ) from e
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    # pydantic names the branch of a union it tried; a caller only knows the fields it sent.
+    parts = [str(p) for p in loc if isinstance(p, int) or not (p[0].isupper() or "[" in p or p in _BRANCHES)]
+    return ".".join(parts) or "body"
+
+
+_BRANCHES = {"int", "str", "float"}
+
+
+def shown(value: Any) -> Any:
+    """A value fit for an error: short, and nothing that JSON can't hold."""
+    if value is None or (isinstance(value, bool | int) and abs(value) < 2**53):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
+
+
+def deadline(request: RankRequest, received_at: float, sla_s: float) -> Deadline:
+    """Made once, from the moment the first header byte was read."""
+    return Deadline(received_at, sla_s if request.timeout_ms is None else request.timeout_ms / 1e3)
+
+
+def to_query(
+    request: RankRequest, request_id: str, generation: Generation, known: tuple[Person, int]
+) -> Query:
+    """Everything external becomes rows of this generation.
+
+    Args:
+        known: what users.resolve found, and how many items of the history it had to ignore.
+    Raises: InvalidRequest, for filters and features that this bundle doesn't have.
+    """
+    person, n_ignored = known
+    exclude = generation.ids.rows(request.exclude)
+    ignored = {"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": 0}
+    rows: Rows | None = None
+    fields: dict[str, NDArray[Any]] = {}
+    if request.candidates is not None:
+        rows, fields, ignored["candidates"] = _candidates(request.candidates, generation)
+    return Query(
+        request_id=request_id,
+        person=person,
+        k=request.k or generation.manifest.funnel.k,
+        filters=tuple(_filter(i, f, generation) for i, f in enumerate(request.filters)),
+        exclude=sealed(np.unique(exclude[exclude != NO_ROW])),
+        candidates=rows,
+        candidate_fields=fields,
+        rerank_count=request.rerank_count,
+        is_strict=request.strict,
+        ignored=ignored,
+    )
+
+
+def _candidates(
+    sent: Sequence[int | str | CandidatePart], generation: Generation
+) -> tuple[Rows, dict[str, NDArray[Any]], int]:
+    """Rows, each once, in the order sent; their features by schema key; how many were left out."""
+    specs = {k: s for k, s in generation.manifest.features.fields.items() if k.startswith("candidate.")}
+    found = generation.ids.rows([c.id if isinstance(c, CandidatePart) else c for c in sent])
+    _, first = np.unique(found, return_index=True)
+    kept = np.sort(first[found[first] != NO_ROW])
+    place = {position: i for i, position in enumerate(kept.tolist())}
+    fields: dict[str, NDArray[Any]] = {}
+    for position, part in enumerate(sent):
+        for name, value in part.features.items() if isinstance(part, CandidatePart) else ():
+            where, key = f"candidates.{position}.features.{name}", f"candidate.{name}"
+            if key not in specs:
+                names = ", ".join(k.partition(".")[2] for k in specs) or "none in this bundle"
+                raise InvalidRequest(FieldError(where, shown(value), f"no such feature; allowed: {names}"))
+            array = field_value(where, value, specs[key], generation.vocab.get(key))
+            if position in place:
+                fields.setdefault(key, specs[key].filled(len(kept)))[place[position]] = array[0]
+    return sealed(found[kept]), fields, len(sent) - len(kept)
+
+
+def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
+    where = f"filters.{position}"
+    if part.field not in generation.filterable:
+        allowed = ", ".join(generation.filterable) or "none in this bundle"
+        raise InvalidRequest(FieldError(f"{where}.field", part.field, f"no such table; allowed: {allowed}"))
+    vocab = generation.vocab.get(part.field)
+    wanted = part.one_of if part.eq is None else [part.eq]
+    values = None
+    if wanted is not None:
+        key = "in" if part.eq is None else "eq"
+        values = np.array([_number(f"{where}.{key}", v, vocab) for v in wanted], np.float64)
+    return Filter(part.field, values, part.gte, part.lte)
+
+
+def _number(where: str, value: float | str, vocab: Mapping[str, int] | None) -> float:
+    """A category nobody has matches nothing; a name for a table without names is an error."""
+    if not isinstance(value, str):
+        return value
+    if vocab is None:
+        raise InvalidRequest(FieldError(where, value, "a number: this table has no category names"))
+    return vocab.get(value, np.nan)
