@@ -17,7 +17,7 @@ from app.control.deadline import Deadline
 from app.errors import FieldError, InvalidRequest, MalformedBody
 from app.flow import Filter, Person, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
-from app.users import field_value
+from app.users import Asked, field_value
 
 SHOWN_ERRORS = 20
 SHOWN_VALUE = 100  # characters
@@ -205,6 +205,13 @@ def shown(value: Any) -> Any:
 def deadline(request: RankRequest, received_at: float, sla_s: float) -> Deadline:
     """Made once, from the moment the first header byte was read."""
     return Deadline(received_at, sla_s if request.timeout_ms is None else request.timeout_ms / 1e3)
+
+
+def asked(request: RankRequest) -> Asked:
+    """What the request says of its person, features by schema key."""
+    sent = {"user": request.user.features, "context": request.context, "query": request.query}
+    features = {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
+    return Asked(request.user.id, request.user.history, features)
 
 
 def to_query(

@@ -1,0 +1,64 @@
+"""python -m app serve            run the service; WINNOW_* variables are its settings
+python -m app check BUNDLE     verify a bundle and say in plain words what is wrong
+
+Exit codes: 0, or 2 for settings that can't be used or a bundle that must not be served.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and faiss: one request, one core
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from app.bundle import Generation, load
+from app.errors import BundleError
+from app.main import run
+from app.settings import SettingsError, from_environment
+from app.warmup import prove
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="run the service")
+    check = commands.add_parser("check", help="verify a bundle")
+    check.add_argument("bundle", type=Path)
+    check.add_argument("--digest", help="SHA-256 that manifest.json must have")
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "serve":
+            return run(from_environment())
+        _report(_checked(parsed.bundle, parsed.digest))
+    except (BundleError, SettingsError) as e:
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _checked(bundle: Path, digest: str | None) -> Generation:
+    generation = load(bundle, digest)
+    asyncio.run(prove(generation))
+    return generation
+
+
+def _report(g: Generation) -> None:
+    retriever, widths = g.manifest.retrievers[0], g.manifest.funnel
+    recall = retriever.recall
+    print(f"{g.name}: sound")
+    print(f"  items       {g.n_items:,} x {g.d}; tables {', '.join(g.tables)}")
+    print(f"  users       {len(g.users.ids) if g.users else 0:,}")
+    print(f"  index       {retriever.kind}, recall@{recall.at} {recall.reached:.3f} (asked: {recall.target})")
+    print(f"  widths      {widths.retrieve} -> {widths.rerank} -> {widths.k}")
+    print(f"  calibration from {g.manifest.calibration.n_requests} requests")
+    print(f"  golden      {len(g.manifest.golden)} requests reproduced")
+    print(f"  digest      {g.digest}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""API keys: a file of SHA-256 digests with rights, so that the file itself opens nothing.
+
+    # one key a line: digest, rights separated by commas, then a comment if wanted
+    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08  rank,events  search team
+
+A digest is made by `printf %s "$KEY" | sha256sum`. Keys are long random strings, so plain SHA-256 is enough.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.errors import NotAllowed, NotAuthenticated
+from app.settings import SettingsError
+
+RIGHTS = ("rank", "events")
+
+
+class Keys:
+    """Who may do what. Without a file everybody on loopback may do everything."""
+
+    def __init__(self, rights: Mapping[str, frozenset[str]] | None) -> None:
+        self.rights = rights
+
+    @property
+    def are_required(self) -> bool:
+        return self.rights is not None
+
+    def require(self, authorization: str | None, right: str) -> None:
+        """Raises NotAuthenticated without a known key, NotAllowed for a key without this right."""
+        if self.rights is None:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise NotAuthenticated("send a key: Authorization: Bearer KEY")
+        # Comparing digests of what was sent leaks nothing about the keys by its timing.
+        held = self.rights.get(hashlib.sha256(key.strip().encode()).hexdigest())
+        if held is None:
+            raise NotAuthenticated("the key is not known")
+        if right not in held:
+            raise NotAllowed(f"the key lacks the right {right!r}")
+
+
+def read_keys(file: Path | None) -> Keys:
+    """Raises SettingsError that names the line."""
+    if file is None:
+        return Keys(None)
+    rights: dict[str, frozenset[str]] = {}
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as e:
+        raise SettingsError(f"WINNOW_API_KEYS_FILE={file}: {e.strerror}") from e
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        where = f"{file}, line {number}"
+        if len(words[0]) != 64 or set(words[0].lower()) - set("0123456789abcdef"):
+            raise SettingsError(f"{where}: starts with no SHA-256 digest of 64 hexadecimal digits")
+        held = frozenset(words[1].split(",")) if len(words) > 1 else frozenset[str]()
+        if not held or held - set(RIGHTS):
+            raise SettingsError(f"{where}: rights must be of {', '.join(RIGHTS)}, separated by commas")
+        rights[words[0].lower()] = held
+    if not rights:
+        raise SettingsError(f"{file}: holds no key")
+    return Keys(rights)

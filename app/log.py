@@ -1,0 +1,65 @@
+"""The log: one JSON object a line on standard output, written by a thread of its own.
+
+The event loop only puts records on a queue; a slow reader of our output must not slow an answer down.
+"""
+
+import logging
+import logging.handlers
+import queue
+import sys
+import time
+from typing import Any
+
+import orjson
+
+QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped and counted
+
+
+class Line(logging.Formatter):
+    """A record as JSON: time (RFC 3339, UTC), level, logger, message, and the fields of `extra={"fields": …}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode()
+
+
+class _Lossy(logging.handlers.QueueHandler):
+    """Drops a line rather than wait for room."""
+
+    n_dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.n_dropped += 1
+
+
+class _Formatted(_Lossy):
+    """Hands the record over as it is: formatting is the listener's work."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+
+def start(level: str) -> logging.handlers.QueueListener:
+    """Send all logging through the queue; call `stop()` on what is returned to write the rest."""
+    output = logging.StreamHandler(sys.stdout)
+    output.setFormatter(Line())
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_SIZE)
+    root = logging.getLogger()
+    root.handlers = [_Formatted(lines)]
+    root.setLevel(level.upper())
+    logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
+    listener = logging.handlers.QueueListener(lines, output)
+    listener.start()
+    return listener
