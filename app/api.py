@@ -73,7 +73,7 @@ class Problem(wire.Wire):
 def routes(service: Service) -> APIRouter:
     """The ranking port."""
     router = APIRouter()
-    refs = {
+    refs: dict[int | str, dict[str, Any]] = {
         code: {"description": why, "content": _content("Problem", PROBLEM)} for code, why in WHY_NOT.items()
     }
     found = {"description": "ranked", "content": _content("RankResponse"), "headers": _REQUEST_ID_HEADER}

@@ -180,18 +180,25 @@ def parse(body: bytes) -> RankRequest:
         errors = e.errors(include_url=False, include_context=False)
         if errors[0]["type"] == "json_invalid":
             raise MalformedBody(errors[0]["msg"]) from e
-        raise InvalidRequest(
-            *(FieldError(_path(x["loc"]), shown(x["input"]), x["msg"]) for x in errors[:SHOWN_ERRORS])
-        ) from e
+        raise InvalidRequest(*_field_errors(errors)[:SHOWN_ERRORS]) from e
+
+
+def _field_errors(errors: Sequence[Any]) -> list[FieldError]:
+    """One a field: where a value could have been of several types, what each allows is joined."""
+    by_path: dict[str, list[Any]] = {}
+    for error in errors:
+        by_path.setdefault(_path(error["loc"]), []).append(error)
+    return [
+        FieldError(path, shown(found[0]["input"]), ", or ".join(dict.fromkeys(e["msg"] for e in found)))
+        for path, found in by_path.items()
+    ]
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    # pydantic names the branch of a union it tried; a caller only knows the fields it sent.
-    parts = [str(p) for p in loc if isinstance(p, int) or not (p[0].isupper() or "[" in p or p in _BRANCHES)]
+    """The fields a caller sent, without the branches of unions that pydantic tried on its way."""
+    branches = ("int", "str", "float", "constrained-", "list[", "CandidatePart", "function-")
+    parts = [str(p) for p in loc if isinstance(p, int) or not p.startswith(branches)]
     return ".".join(parts) or "body"
-
-
-_BRANCHES = {"int", "str", "float"}
 
 
 def shown(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """What the funnel is measured against: popularity, item neighbours, EASE and iALS, in plain numpy.
 
-Each `fit_*` takes X f32[P, N], 1 where a person has an item, and returns a scorer: rows of a history →
+Each `fit_*` takes `has` f32[P, N], 1 where a person has an item, and returns a scorer: rows of a history →
 f32[N], one score an item. Nobody is known by id: a person is folded in by their history, like in the
 funnel. A person without a history gets popularity.
 """
@@ -21,39 +21,39 @@ def interactions(person: NDArray[np.int64], item: NDArray[np.int64], n_items: in
     return matrix
 
 
-def fit_popularity(X: Matrix) -> Scorer:
+def fit_popularity(has: Matrix) -> Scorer:
     """score(i) = number of people who have i."""
-    counts = X.sum(axis=0)
+    counts = has.sum(axis=0)
     return lambda _history: counts
 
 
-def fit_item_knn(X: Matrix, k: int = 200) -> Scorer:
+def fit_item_knn(has: Matrix, k: int = 200) -> Scorer:
     """score(i) = sum over the history of cosine(i, j), for the k nearest neighbours i of each j."""
-    counts = X.sum(axis=0)
+    counts = has.sum(axis=0)
     norm = np.sqrt(np.maximum(counts, 1.0))
-    cosine = (X.T @ X) / norm[:, None] / norm[None, :]
+    cosine = (has.T @ has) / norm[:, None] / norm[None, :]
     np.fill_diagonal(cosine, 0.0)
     k = min(k, len(cosine))
     floor = np.partition(cosine, len(cosine) - k, axis=1)[:, [len(cosine) - k]]
     return _from_history(np.where(cosine >= floor, cosine, 0.0).astype(np.float32), counts)
 
 
-def fit_ease(X: Matrix, ridge: float = 300.0) -> Scorer:
+def fit_ease(has: Matrix, ridge: float = 300.0) -> Scorer:
     """score = x B with B the closed-form ridge regression of X on itself, zero diagonal.
 
     P = (X'X + ridge I)^-1,  B_ij = -P_ij / P_jj.
     Source: H. Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019.
     """
-    gram = (X.T @ X).astype(np.float64)
+    gram = (has.T @ has).astype(np.float64)
     np.fill_diagonal(gram, gram.diagonal() + ridge)
     P = np.linalg.inv(gram)
     B = -P / P.diagonal()[None, :]
     np.fill_diagonal(B, 0.0)
-    return _from_history(B.astype(np.float32), X.sum(axis=0))
+    return _from_history(B.astype(np.float32), has.sum(axis=0))
 
 
 def fit_ials(
-    X: Matrix, d: int = 64, unobserved: float = 0.3, ridge: float = 0.003, sweeps: int = 12, seed: int = 0
+    has: Matrix, d: int = 64, unobserved: float = 0.3, ridge: float = 0.003, sweeps: int = 12, seed: int = 0
 ) -> Scorer:
     """score(i) = u · v_i, by alternating least squares of implicit feedback.
 
@@ -61,13 +61,13 @@ def fit_ials(
     Source: S. Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, 2021.
     """
     rng = np.random.default_rng(seed)
-    items = rng.normal(0.0, 0.1 / np.sqrt(d), (X.shape[1], d)).astype(np.float32)
-    rows = [np.flatnonzero(x) for x in X]
-    columns = [np.flatnonzero(x) for x in X.T]
+    items = rng.normal(0.0, 0.1 / np.sqrt(d), (has.shape[1], d)).astype(np.float32)
+    rows = [np.flatnonzero(x) for x in has]
+    columns = [np.flatnonzero(x) for x in has.T]
     for _ in range(sweeps):
         people = _half_sweep(rows, items, unobserved, ridge)
         items = _half_sweep(columns, people, unobserved, ridge)
-    counts = X.sum(axis=0)
+    counts = has.sum(axis=0)
 
     def scores(history: NDArray[np.int64]) -> Matrix:
         if not len(history):

@@ -23,7 +23,7 @@ from models.encoder import HistoryEncoder, Schedule, Show, descend, uniform_vect
 from models.split import Rows, Timeline, recent, seen_matrix
 from models.two_tower import MASKED, TwoTower
 
-D = 64
+D = 128  # tuned on the 60–80 % interval: 64 gives .004 less NDCG@10
 D_HEAD = 32
 HEADS = 2
 LENGTH = 200  # items that the long view reads
@@ -32,7 +32,7 @@ DROPOUT = 0.4
 NEGATIVES = 63
 HARDNESS = 0.7  # negatives are drawn without replacement in proportion to exp(0.7 * retrieval score)
 SELF_NORMALISE = 0.02  # weight of (log sum exp)^2
-LONG_VIEW = Schedule(epochs=6, batch=512, rate=3e-3, weight_decay=0.3)
+LONG_VIEW = Schedule(epochs=6, batch=512, rate=3e-3, weight_decay=0.02)
 WHOLE = Schedule(epochs=1, batch=64, rate=1e-3)
 WHOLE_ROWS = 24_000  # events of the second pass, drawn from all
 

@@ -123,7 +123,7 @@ def leave_one_out(line: Timeline, back: int = 1) -> tuple[Rows, Queries]:
     fit_until = np.zeros(int(line.person.max()) + 1, np.int64)
     fit_until[line.person[targets]] = targets
     fit = np.flatnonzero(np.arange(len(line)) < fit_until[line.person])
-    return fit, Queries(line, targets, ends, targets)
+    return fit, Queries(line, targets, targets + 1, targets)
 
 
 def recent(line: Timeline, events: Rows, length: int) -> Rows:
