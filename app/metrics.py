@@ -25,12 +25,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from app.control.degradation import REASONS, USER_LATE
 from app.flow import Outcome, Ranking, Stage
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, that nobody reads
+disable_created_metrics()  # a second series for each one, that nobody reads
 
 OUTCOMES = ("ok", "degraded", "empty", "client_error", "refused", "deadline", "error")
-SHARD_disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, that nobody reads
-
-OUTCOMES = ("ok", "late", "failed", "lost", "expired")
+SHARD_OUTCOMES = ("ok", "late", "failed", "lost", "expired")
 STAGES = tuple(s.label for s in Stage)
 NO_ARM = "none"  # until there are experiments, every request is on no arm
 PAGE = 4096
