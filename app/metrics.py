@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from app.control.degradation import REASONS, USER_LATE
 from app.flow import Outcome, Ranking, Stage
 
-disable_created_metrics()  # a second series for each one, that nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, that nobody reads
 
 OUTCOMES = ("ok", "degraded", "empty", "client_error", "refused", "deadline", "error")
 SHARD_OUTCOMES = ("ok", "late", "failed", "lost", "expired")

@@ -1,0 +1,57 @@
+# Everything a person or CI does here. Each target installs what it needs; nothing is installed outside .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUNDLE ?= models/bundles/movielens-100k
+PORT   ?= 8000
+ADMIN_PORT ?= 8001
+WORKERS ?= $(shell nproc)
+
+.PHONY: help install demo serve test check format bench-quality clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# One stamp file per set of dependencies, made again when pyproject.toml changes.
+$(VENV)/serve.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Winnow needs Python 3.11 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/train.stamp: $(VENV)/serve.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/dev.stamp  ## make .venv with everything: serving, training, testing
+
+demo: $(VENV)/train.stamp  ## fetch, train, pack, serve, and rank once; stays up until Ctrl-C
+	$(BIN)/python -m models demo --port $(PORT) --admin-port $(ADMIN_PORT) --workers $(WORKERS)
+
+serve: $(VENV)/serve.stamp  ## serve a bundle: BUNDLE=… PORT=… ADMIN_PORT=… WORKERS=…
+	WINNOW_BUNDLE=$(BUNDLE) WINNOW_PORT=$(PORT) WINNOW_ADMIN_PORT=$(ADMIN_PORT) WINNOW_WORKERS=$(WORKERS) \
+	  $(BIN)/python -m app serve
+
+check: $(VENV)/dev.stamp  ## format, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy app
+	$(BIN)/pytest tests/test_architecture.py
+
+test: $(VENV)/dev.stamp  ## every test
+	$(BIN)/pytest
+
+format: $(VENV)/dev.stamp  ## format the tree and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-quality: $(VENV)/train.stamp  ## fit, measure and print the quality table; exits non-zero under a bar
+	$(BIN)/python -m models.bench_quality
+
+clean:  ## remove what was made: the venv, data, bundles, caches
+	rm -rf $(VENV) data models/bundles models/artefacts reports .pytest_cache .mypy_cache .ruff_cache
