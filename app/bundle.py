@@ -163,7 +163,11 @@ class Ids:
     def rows(self, wanted: Sequence[int | str]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
         kind = str if self.is_text else int
-        fits = [type(w) is kind and (self.is_text or -(2**63) <= int(w) < 2**63) for w in wanted]
+        # numpy drops trailing NULs from text, and has no integers beyond 64 bits.
+        fits = [
+            type(w) is kind and ("\0" not in w if isinstance(w, str) else -(2**63) <= w < 2**63)
+            for w in wanted
+        ]
         if not any(fits):
             return np.full(len(wanted), NO_ROW, np.int64)
         blank: int | str = "" if self.is_text else 0
