@@ -4,6 +4,7 @@
 manifest instead, and what the wire format allows at most is in `Limits`, since the published schema holds it.
 """
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -72,7 +73,10 @@ class Settings:
 
 def is_loopback(host: str) -> bool:
     """True for addresses that only this machine reaches."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name: where it leads is not ours to say
+        return False
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> Settings:
