@@ -1,0 +1,62 @@
+"""Rules on time and on what replaces what: numbers in, numbers out, no clock."""
+
+import pytest
+
+from app.control.deadline import Deadline
+from app.control.degradation import REASONS, SUBSTITUTES, USER_LATE, degradation
+from app.flow import Degradation, Outcome, Stage
+
+
+def test_remaining_is_what_is_left_and_never_negative():
+    deadline = Deadline(started_at=100.0, timeout_s=0.5)
+    assert deadline.at == 100.5
+    assert deadline.remaining(100.2) == pytest.approx(100.5 - 100.2)
+    assert deadline.remaining(100.6) == 0.0
+
+
+def test_a_budget_ends_at_its_share_of_the_timeout_counted_from_the_first_byte():
+    deadline = Deadline(started_at=100.0, timeout_s=1.0)
+    assert deadline.limit(share=0.4, now=100.1, reserve_s=0.0) == pytest.approx(0.4 - 0.1)
+
+
+def test_a_stage_that_starts_after_its_budget_has_no_time():
+    assert Deadline(0.0, 1.0).limit(share=0.4, now=0.5, reserve_s=0.0) == 0.0
+
+
+def test_the_reserve_is_kept_back_from_the_last_stage():
+    assert Deadline(0.0, 1.0).limit(share=1.0, now=0.2, reserve_s=0.1) == pytest.approx(1 - 0.1 - 0.2)
+
+
+def test_the_reserve_takes_no_more_than_a_fifth_of_a_short_timeout():
+    assert Deadline(0.0, 0.01).limit(share=1.0, now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.2 * 0.01)
+
+
+def test_a_reserve_does_not_shorten_a_budget_that_ends_before_it():
+    assert Deadline(0.0, 1.0).limit(share=0.4, now=0.0, reserve_s=0.1) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "substitute"),
+    [
+        (Stage.RETRIEVAL, "popular items"),
+        (Stage.PRERANKING, "retrieval scores"),
+        (Stage.RERANKING, "pre-rank scores"),
+    ],
+)
+@pytest.mark.parametrize("outcome", [Outcome.LATE, Outcome.FAILED, Outcome.PARTIAL])
+def test_each_departure_says_stage_reason_and_substitute(stage, substitute, outcome):
+    assert degradation(stage, outcome) == Degradation(stage, outcome.value, substitute)
+
+
+def test_selection_has_no_fallback():
+    assert set(SUBSTITUTES) == {Stage.RETRIEVAL, Stage.PRERANKING, Stage.RERANKING}
+
+
+def test_a_stage_that_did_its_work_or_was_not_asked_is_no_degradation():
+    assert set(REASONS) == {Outcome.LATE, Outcome.FAILED, Outcome.PARTIAL}
+    with pytest.raises(KeyError):
+        degradation(Stage.RERANKING, Outcome.OK)
+
+
+def test_a_late_look_up_of_the_person_belongs_to_retrieval():
+    assert USER_LATE == Degradation(Stage.RETRIEVAL, "user_late", "what the request says of the person")
