@@ -10,12 +10,14 @@ This module is long because the checks belong beside the loading that they guard
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import faiss
 import numpy as np
@@ -281,8 +283,8 @@ def load(path: Path, digest: str | None = None) -> Generation:
         tables=tables,
         vocab=_vocab(path / VOCAB),
         users=_users(path / USERS),
-        popular=np.asarray(_array(path / "popular.npy"), np.int64),
-        index=_index(path / manifest.retrievers[0].index),
+        popular=_rows(path / "popular.npy"),
+        index=_index(path, manifest),
         user_tower=_session(path, manifest, manifest.retrievers[0].tower),
         re_ranker=_session(path, manifest, "re_ranker.onnx"),
         pre_ranker=_pre_ranker(path / "pre_ranker.npz"),
@@ -401,17 +403,29 @@ def _users(folder: Path) -> Users | None:
     return Users(_ids(folder), tables, history)
 
 
-def _index(file: Path) -> faiss.Index:
+def _rows(file: Path) -> Rows:
+    array = _array(file)
+    if array.dtype.kind not in "iu":
+        raise BundleError(f"{file.name}: must hold row numbers, not {array.dtype}")
+    return np.asarray(array, np.int64)
+
+
+def _listed(path: Path, manifest: Manifest, name: str) -> Path:
+    if name not in manifest.files:
+        raise BundleError(f"{name}: named by the manifest but not listed in its files")
+    return path / name
+
+
+def _index(path: Path, manifest: Manifest) -> faiss.Index:
+    name = manifest.retrievers[0].index
     try:
-        return faiss.read_index(str(file))
+        return faiss.read_index(str(_listed(path, manifest, name)))
     except RuntimeError as e:
-        raise BundleError(f"{file.name}: not an index that FAISS opens") from e
+        raise BundleError(f"{name}: not an index that FAISS opens") from e
 
 
 def _session(path: Path, manifest: Manifest, name: str) -> ort.InferenceSession:
-    if name not in manifest.files:
-        raise BundleError(f"{name}: listed in the manifest's models but not in its files")
-    model = (path / name).read_bytes()
+    model = _listed(path, manifest, name).read_bytes()
     if hashlib.sha256(model).hexdigest() != manifest.files[name].sha256:
         raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
     return open_session(model, name)
@@ -421,8 +435,8 @@ def _pre_ranker(file: Path) -> PreRanker:
     try:
         with np.load(file, allow_pickle=False) as data:
             names = tuple(str(n) for n in data["names"])
-            weights, bias = np.asarray(data["weights"], np.float32), np.float32(data["bias"])
-    except (OSError, ValueError, KeyError) as e:
+            weights, bias = np.asarray(data["weights"], np.float32), np.float32(data["bias"].item())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as e:
         raise BundleError(f"{file.name}: must hold names, weights and bias ({e})") from e
     if weights.shape != (len(names),) or not np.isfinite(weights).all() or not np.isfinite(bias):
         raise BundleError(f"{file.name}: needs one finite weight a feature name and a finite bias")
@@ -439,8 +453,8 @@ def check_shapes(g: Generation) -> None:
     if embedding is None or embedding.ndim != 2 or embedding.dtype.kind != "f":
         raise BundleError("items/embedding.npy: must be there, floats of shape [items, d]")
     for name, table in g.tables.items():
-        if len(table) != n or table.dtype.kind not in "fiuU":
-            raise BundleError(f"items/{name}.npy: has {len(table)} rows of {table.dtype}, ids.npy has {n}")
+        if table.shape[:1] != (n,) or table.dtype.kind not in "fiuU":
+            raise BundleError(f"items/{name}.npy: is {table.dtype} {table.shape}, ids.npy has {n} rows")
     if (g.index.ntotal, g.index.d, retriever.n) != (n, g.d, n):
         raise BundleError(f"{retriever.index}: holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}")
     if g.index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -448,7 +462,7 @@ def check_shapes(g: Generation) -> None:
     if g.popular.ndim != 1 or len(np.unique(g.popular)) != len(g.popular) or not _are_rows(g.popular, n):
         raise BundleError(f"popular.npy: must be different rows from 0 to {n - 1}")
     if g.users:
-        _check_users(g.users, n)
+        _check_users(g.users, n, g.manifest.features)
     if g.pre_ranker.names != g.manifest.features.pre_ranker:
         raise BundleError("pre_ranker.npz: its feature names are not those of the manifest's schema")
     _check_names(g)
@@ -460,25 +474,51 @@ def _are_rows(rows: NDArray[Any], n: int, lowest: int = 0) -> bool:
     return bool(rows.dtype.kind in "iu" and (not rows.size or (rows.min() >= lowest and rows.max() < n)))
 
 
-def _check_users(users: Users, n: int) -> None:
+def _check_users(users: Users, n: int, features: FeatureSchema) -> None:
+    specs = features.fields
     for name, table in users.tables.items():
-        if len(table) != len(users.ids) or table.dtype.kind not in "fiu":
+        if table.shape[:1] != (len(users.ids),) or table.dtype.kind not in "fiu":
             raise BundleError(f"users/{name}.npy: must hold a row of numbers for each of users/ids.npy")
-    history = users.history
-    if history is not None and (len(history) != len(users.ids) or not _are_rows(history, n, NO_ROW)):
-        raise BundleError(f"users/history.npy: must hold item rows (-1 pads) for {len(users.ids)} users")
+        spec = specs.get(f"user.{name}")
+        if spec and math.prod(table.shape[1:]) != math.prod(spec.shape):
+            raise BundleError(f"users/{name}.npy: is {table.shape}, the schema reads {spec.shape} a user")
+    history, n_users = users.history, len(users.ids)
+    if history is not None and (
+        history.ndim != 2 or len(history) != n_users or not _are_rows(history, n, NO_ROW)
+    ):
+        raise BundleError(f"users/history.npy: must hold item rows (-1 pads) for {n_users} users")
 
 
 def _check_names(g: Generation) -> None:
-    """The linear pre-ranker's features exist, with tables of the right form."""
+    """The linear pre-ranker's features exist, and what they read has the form that their definition asks."""
+    fields = g.manifest.features.fields
     for name in g.pre_ranker.names:
         kind, _, argument = name.partition(".")
         table = g.tables.get(argument.partition(".")[0])
-        known = kind in ("retrieval_score", "history_log_count", "user", "context", "query", "candidate")
-        if not known and kind != "item" and kind not in HISTORY_FEATURES:
+        if kind in ("retrieval_score", "history_log_count"):
+            continue
+        if name in fields:
+            if math.prod(fields[name].shape) != 1:
+                raise BundleError(f"pre_ranker.npz: {name} is {fields[name].shape}, a feature is one number")
+        elif kind != "item" and kind not in HISTORY_FEATURES:
             raise BundleError(f"pre_ranker.npz: no feature is named {name}")
-        if not known and (table is None or table.dtype.kind not in "fiu"):
-            raise BundleError(f"pre_ranker.npz: {name} needs an item table of numbers of that name")
+        elif table is None or not _is_readable(kind, argument.partition(".")[2], table):
+            raise BundleError(f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
+
+
+def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:
+    """Whether the feature of this kind can be made from this table; see features.named_features."""
+    if table.dtype.kind not in "fiu" or table.ndim > 2 or (column and kind != "item"):
+        return False
+    if kind == "item":
+        return (
+            int(column) < table.shape[1]
+            if column.isdecimal() and table.ndim == 2
+            else table.ndim == 1 > len(column)
+        )
+    if kind == "history_overlap":
+        return table.dtype.kind in "iu"
+    return table.ndim == (1 if kind == "history_gap" else 2)
 
 
 def _check_graph(
@@ -487,6 +527,8 @@ def _check_graph(
     """Every input of the graph is bound once, and what is bound has the graph's type and shape."""
     graph = {i.name: i for i in session.get_inputs()}
     bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
+    for name in sorted({name for name in bound if bound.count(name) > 1}):
+        raise BundleError(f"{file}: input {name} is bound more than once")
     for name in sorted(set(graph) ^ set(bound)):
         raise BundleError(
             f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}"
