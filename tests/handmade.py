@@ -25,7 +25,10 @@ def write_bundle(out: Path, *, are_ids_text: bool = False) -> Path:
     for part in ("items", "users", "vocab"):
         (out / part).mkdir(parents=True)
     tables = {
-        "items": ("item_ids", {"embedding": "item_embeddings", "year": "year", "genres": "genres", "title": "title"}),
+        "items": (
+            "item_ids",
+            {"embedding": "item_embeddings", "year": "year", "genres": "genres", "title": "title"},
+        ),
         "users": ("user_ids", {"history": "user_history", "age": "age", "occupation": "occupation"}),
     }
     for part, (ids_name, files) in tables.items():
@@ -42,7 +45,7 @@ def write_bundle(out: Path, *, are_ids_text: bool = False) -> Path:
     index.add(world.EMBEDDING)
     faiss.write_index(index, str(out / "index.faiss"))
     ids = np.load(source / "item_ids.npy").tolist()
-    reseal(out, lambda _: _manifest(config, ids))
+    reseal(out, lambda m: m.update(_manifest(config, ids)))
     return out
 
 
@@ -84,11 +87,11 @@ def _manifest(config: dict[str, Any], ids: list[Any]) -> dict[str, Any]:
     }
 
 
-def reseal(bundle: Path, change: Callable[[dict[str, Any]], Any] = lambda m: m) -> None:
-    """Hash every file again and write the manifest, after `change` (in place, or returning another)."""
+def reseal(bundle: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Hash every file again and write the manifest, after `change` in place."""
     file = bundle / "manifest.json"
     manifest = json.loads(file.read_text()) if file.exists() else {}
-    manifest = change(manifest) or manifest
+    change(manifest)
     found = sorted(p for p in bundle.rglob("*") if p.is_file() and p != file)
     manifest["files"] = {
         p.relative_to(bundle).as_posix(): {

@@ -30,7 +30,8 @@ USER_IDS = ("ann", "bob", "cho", "dee", "eve")
 HISTORIES = ((0,), (10,), (20,), (30,), (40, 41))  # rows, oldest first
 AGES = (20.0, 30.0, 40.0, 50.0, 60.0)
 OCCUPATIONS = {"artist": 1, "pilot": 2}
-GENRES = {name: number for number, name in enumerate("drama comedy action horror romance short long silent".split())}
+GENRE_NAMES = ("drama", "comedy", "action", "horror", "romance", "short", "long", "silent")
+GENRES = {name: number for number, name in enumerate(GENRE_NAMES)}
 
 ROW = np.arange(N)
 YEAR = (1950 + ROW).astype(np.float32)
@@ -75,7 +76,12 @@ def prerank_scores(history: tuple[int, ...] = (), bid: Any = 0.0) -> NDArray[np.
 
 
 def rerank_scores(
-    history: tuple[int, ...] = (), *, freshness: float = 0, age: float = 0, occupation: int = 0, bid: Any = 0.0
+    history: tuple[int, ...] = (),
+    *,
+    freshness: float = 0,
+    age: float = 0,
+    occupation: int = 0,
+    bid: Any = 0.0,
 ) -> NDArray[np.float64]:
     """f64[N]"""
     last = EMBEDDING[history[-1]].astype(float) if history else np.zeros(D)
@@ -229,7 +235,9 @@ def re_ranker() -> onnx.ModelProto:
         helper.make_node("Add", ["age", "occupation_f"], ["person"]),
         helper.make_node("Squeeze", ["person", "one"], ["person1"]),
         helper.make_node("Mul", ["person1", "thousandth"], ["person_part"]),
-        helper.make_node("Sum", ["affinity", "alike_part", "bid_part", "fresh_part", "person_part"], ["score"]),
+        helper.make_node(
+            "Sum", ["affinity", "alike_part", "bid_part", "fresh_part", "person_part"], ["score"]
+        ),
     ]
     return _model(
         nodes,

@@ -59,4 +59,4 @@ def test_a_stage_that_did_its_work_or_was_not_asked_is_no_degradation():
 
 
 def test_a_late_look_up_of_the_person_belongs_to_retrieval():
-    assert USER_LATE == Degradation(Stage.RETRIEVAL, "user_late", "what the request says of the person")
+    assert Degradation(Stage.RETRIEVAL, "user_late", "what the request says of the person") == USER_LATE

@@ -29,7 +29,9 @@ def test_a_known_key_with_the_right_passes(keys):
     keys.require(f"bearer  {BOTH}", "events")
 
 
-@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer ", f"Basic {RANKER}", RANKER, "Bearer no", "Bearer é"])
+@pytest.mark.parametrize(
+    "sent", [None, "", "Bearer", "Bearer ", f"Basic {RANKER}", RANKER, "Bearer no", "Bearer é"]
+)
 def test_no_key_or_an_unknown_one_is_not_authenticated(keys, sent):
     with pytest.raises(NotAuthenticated):
         keys.require(sent, "rank")
@@ -70,7 +72,7 @@ def test_a_file_that_makes_no_sense_is_refused_by_line(tmp_path, text, why):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="WINNOW_API_KEYS_FILE=.*No such file"):
+    with pytest.raises(SettingsError, match=r"WINNOW_API_KEYS_FILE=.*No such file"):
         read_keys(tmp_path / "keys")
 
 

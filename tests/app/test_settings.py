@@ -62,7 +62,7 @@ def test_every_tunable_has_a_reason():
 
 
 def test_an_unknown_variable_is_refused():
-    with pytest.raises(SettingsError, match="WINNOW_WORKER: no such setting; allowed are .*WINNOW_WORKERS"):
+    with pytest.raises(SettingsError, match=r"WINNOW_WORKER: no such setting; allowed are .*WINNOW_WORKERS"):
         from_environment({"WINNOW_WORKER": "2"})
 
 
