@@ -1,0 +1,146 @@
+"""Running a bundle's funnel offline, in this process, over requests in wire form.
+
+The same stages as online, without a deadline and without worker processes. Packing reads from here what it
+calibrates on and the golden scores; `python -m models evaluate` says what the funnel loses against its own
+re-ranker. It alone among models/ knows the funnel.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.bundle import Generation, run_model
+from app.errors import ClientError, StageFailed
+from app.features import Inputs, re_ranker_inputs
+from app.flow import Candidates, Query, Ranking, Rows, best_first
+from app.funnel import offline_funnel
+from app.warmup import offline_query, prove, rank_offline
+from models.pack_config import PackError
+
+Floats = NDArray[np.float32]
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredThrough:
+    """Everything that retrieval found for one query, scored by every stage; f32[n] each."""
+
+    query: Query
+    candidates: Candidates
+    preranking: Floats
+    reranking: Floats
+
+
+def read_requests(file: Path) -> list[Request]:
+    """One JSON object a line; blank lines don't count. Raises PackError that names the line."""
+    requests = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as e:
+            raise PackError(f"{file.name}: line {number} is not JSON ({e})") from e
+        if not isinstance(request, dict):
+            raise PackError(f"{file.name}: line {number} is no object; allowed is a request of POST /v1/rank")
+        requests.append(request)
+    return requests
+
+
+def resolve(generation: Generation, requests: Sequence[Request]) -> list[Query]:
+    """Requests as the service would see them. Raises PackError that names the first wrong one."""
+    queries = []
+    for number, request in enumerate(requests, 1):
+        try:
+            queries.append(offline_query(request, generation))
+        except ClientError as e:
+            raise PackError(f"sample request {number} is not one that this bundle could answer: {e}") from e
+    return queries
+
+
+def embed(generation: Generation, queries: Iterable[Query]) -> Floats:
+    """The user tower's outputs, f32[q, d]. Raises PackError if it fails."""
+    with ThreadPoolExecutor(1) as threads:
+        retrieval = offline_funnel(generation, threads).retrieval
+        try:
+            return np.stack([retrieval.embed(query) for query in queries])
+        except StageFailed as e:
+            raise PackError(f"user_tower.onnx: fails on a sample request ({_first_line(e)})") from e
+
+
+def re_ranker_feeds(generation: Generation, query: Query, candidates: Candidates) -> dict[str, NDArray[Any]]:
+    """What the re-ranker gets for these candidates, by input name."""
+    given = Inputs(generation.tables, query.person, candidates, query.sent_with(candidates.rows))
+    return re_ranker_inputs(generation.manifest.features.re_ranker, given)
+
+
+def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Floats:
+    """The re-ranker's scores of all these candidates, f32[n]. Raises PackError if it fails."""
+    if not len(candidates):
+        return np.empty(0, np.float32)
+    try:
+        scores = run_model(generation.re_ranker, re_ranker_feeds(generation, query, candidates))
+    except StageFailed as e:
+        raise PackError(f"re_ranker.onnx: fails on a sample request ({_first_line(e)})") from e
+    return np.asarray(scores, np.float32).reshape(-1)
+
+
+def score_through(generation: Generation, queries: Iterable[Query]) -> Iterator[ScoredThrough]:
+    """Retrieval at its configured width, then both scorers on everything found."""
+    width = generation.manifest.funnel.retrieve
+    with ThreadPoolExecutor(1) as threads:
+        funnel = offline_funnel(generation, threads)
+        for query in queries:
+            found = funnel.retrieval.search(query, width)
+            coarse = funnel.preranking.score(query, found)
+            yield ScoredThrough(query, found, coarse.scores, re_rank(generation, query, found))
+
+
+def run_funnel(generation: Generation, queries: Sequence[Query]) -> list[Ranking]:
+    """The whole funnel's ranking for each query, with all the time it wants."""
+    with ThreadPoolExecutor(1) as threads:
+        funnel = offline_funnel(generation, threads)
+
+        async def rank_all() -> list[Ranking]:
+            return [await rank_offline(funnel, query) for query in queries]
+
+        return asyncio.run(rank_all())
+
+
+def prove_golden(generation: Generation) -> None:
+    """The golden requests give their scores again. Raises BundleError that names the first that doesn't."""
+    asyncio.run(prove(generation))
+
+
+def rank_everything(generation: Generation, query: Query, k: int) -> Rows:
+    """The re-ranker's own k best rows over the whole catalogue, under the query's filters and exclusions."""
+    if query.candidates is None:
+        history = query.person.history if generation.manifest.funnel.exclude_history else query.exclude
+        rows = np.setdiff1d(np.arange(generation.n_items), np.union1d(query.exclude, history))
+        query = replace(query, candidates=rows)
+    with ThreadPoolExecutor(1) as threads:
+        found = offline_funnel(generation, threads).retrieval.search(query, k)
+    return found.rows[best_first(re_rank(generation, query, found), found.rows)[:k]]
+
+
+def survival(generation: Generation, queries: Sequence[Query], k: int = 10) -> float:
+    """Mean share of `rank_everything`'s k best that retrieval and pre-ranking let through to the re-ranker."""
+    keep = generation.manifest.funnel.rerank
+    shares = []
+    for scored in score_through(generation, queries):
+        kept = scored.candidates.rows[best_first(scored.preranking, scored.candidates.rows)[:keep]]
+        best = rank_everything(generation, scored.query, k)
+        if len(best):
+            shares.append(float(np.isin(best, kept).mean()))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0]

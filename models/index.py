@@ -1,0 +1,219 @@
+"""The index over the item embeddings: its kind by catalogue size, its search parameter by measured recall.
+
+    up to 20,000 items     flat      exact: 0.2 ms at d = 64
+    up to 1 million        hnsw      efSearch from the width up
+    up to 4 million        ivf_sq8   nprobe, 2 × the width fetched and scored exactly
+    above                  ivf_pq    nprobe, 4 × the width fetched and scored exactly
+
+The parameter is the smallest that reaches the target on the queries: the tower's outputs for sample requests. A
+kind that can't reach it gives way to a more exact one, and that is said. How an index is searched online is
+stages/retrieval.py; here the same calls are timed and compared with exact search. Same inputs, same index:
+seeds are fixed, and a graph is built on one thread.
+
+Sizes, times and overfetch: measured on 1M and 10M × 64 (2 cores, AVX-512, 2026-11).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from app.bundle import Recall
+
+Kind = Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Say = Callable[[str], None]
+
+FLAT_MOST, HNSW_MOST, SQ8_MOST = 20_000, 1_000_000, 4_000_000  # items
+KINDS: tuple[Kind, ...] = ("ivf_pq", "ivf_sq8", "hnsw", "flat")  # from the coarsest to the exact one
+OVERFETCH: dict[Kind, float] = {"ivf_pq": 4.0, "ivf_sq8": 2.0, "hnsw": 1.0, "flat": 1.0}
+BLOCK = 262_144  # items converted, added or searched at a time: 64 MB at d = 64
+HNSW_LINKS, HNSW_BUILD = 32, 80  # efConstruction: recall .998 at 1M items
+WIDEST_HNSW = 16  # × the width: beyond it a graph is slower than a flat index of its size
+LARGEST_PROBED = 4  # at most 1 / 4 of the lists: beyond it the search reads most of the catalogue
+TRAIN_POINTS = 64  # a list; more changes nothing that k-means finds
+SEED = 20
+ENOUGH_QUERIES = 50  # different ones; with fewer, items stand in for people
+MOST_QUERIES = 1_000
+NOISE = 0.5  # of an embedding's spread: what a stand-in differs from its item
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An index, how to search it, and what that reaches. search_s: seconds a query on one thread."""
+
+    index: faiss.Index
+    kind: Kind
+    search: dict[Literal["nprobe", "efSearch"], int]
+    overfetch: float
+    recall: Recall
+    search_s: float
+
+
+def build(
+    embeddings: NDArray[Any],
+    users: Floats,
+    width: int,
+    target: float,
+    *,
+    kind: Kind | None = None,
+    say: Say = print,
+) -> Built:
+    """The index for this catalogue, with the cheapest parameter that reaches the target.
+
+    Args:
+        embeddings: f16 or f32 [N, d]. users: f32[q, d], the tower's outputs; may be too few, or all alike.
+        width: how many candidates retrieval finds. target: recall@width wanted, in (0, 1].
+        kind: this one or a more exact one, instead of the one that the size suggests.
+    """
+    n = len(embeddings)
+    width = min(width, n)
+    queries = enough_queries(embeddings, users, say)
+    exact = search_exactly(embeddings, queries, width)
+    first = KINDS.index(kind or kind_for(n, embeddings.shape[1]))
+    for tried in KINDS[first:]:
+        if tried == "hnsw" and n > HNSW_MOST and kind != "hnsw":
+            continue  # hours to build
+        built = _build(tried, embeddings, queries, exact, target)
+        if built.recall.reached >= target or tried == "flat":
+            return built
+        say(
+            f"index: {tried} reaches recall@{width} {built.recall.reached:.3f} only; trying a more exact kind"
+        )
+    raise AssertionError("a flat index is always last")
+
+
+def kind_for(n: int, d: int) -> Kind:
+    """What the size of the catalogue suggests."""
+    if n <= FLAT_MOST:
+        return "flat"
+    if n <= HNSW_MOST:
+        return "hnsw"
+    return "ivf_sq8" if n <= SQ8_MOST or d % 2 else "ivf_pq"  # PQ splits a vector in pairs
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def enough_queries(embeddings: NDArray[Any], users: Floats, say: Say = print) -> Floats:
+    """At most 1,000 different queries: the users, or with fewer than 50 of them also items with noise."""
+    queries = np.unique(users, axis=0)
+    rng = np.random.default_rng(SEED)
+    if len(queries) > MOST_QUERIES:
+        return np.asarray(queries[np.sort(rng.choice(len(queries), MOST_QUERIES, replace=False))], np.float32)
+    if len(queries) >= ENOUGH_QUERIES:
+        return np.asarray(queries, np.float32)
+    say(
+        f"index: only {len(queries)} different user embeddings; recall is measured on items with noise as well"
+    )
+    rows = np.sort(rng.choice(len(embeddings), min(len(embeddings), 4 * ENOUGH_QUERIES), replace=False))
+    items = np.asarray(embeddings[rows], np.float32)
+    noise = rng.standard_normal(items.shape).astype(np.float32) * items.std(axis=0) * NOISE
+    return np.concatenate([np.asarray(queries, np.float32), items + noise])
+
+
+def search_exactly(embeddings: NDArray[Any], queries: Floats, width: int) -> Rows:
+    """The best rows of each query by inner product, i64[q, width], block by block."""
+    scores = np.empty((len(queries), 0), np.float32)
+    rows = np.empty((len(queries), 0), np.int64)
+    for start, block in _blocks(embeddings):
+        more, found = faiss.knn(queries, block, min(width, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, rows = np.concatenate([scores, more], axis=1), np.concatenate([rows, found + start], axis=1)
+        kept = np.argsort(-scores, axis=1, kind="stable")[:, :width]
+        scores, rows = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(rows, kept, axis=1)
+    return rows
+
+
+def recall_of(found: Rows, exact: Rows) -> float:
+    """The share of the exact rows that were found, mean over the queries; both i64[q, ...]."""
+    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
+
+
+def search(index: faiss.Index, kind: Kind, queries: Floats, n_fetched: int, parameter: int) -> Rows:
+    """What retrieval fetches from this index: i64[q, n_fetched], -1 where there is nothing."""
+    parameters = None
+    if kind == "hnsw":
+        parameters = faiss.SearchParametersHNSW(efSearch=max(parameter, n_fetched))
+    elif kind != "flat":
+        parameters = faiss.SearchParametersIVF(nprobe=parameter)
+    return np.asarray(index.search(queries, n_fetched, params=parameters)[1])
+
+
+def smallest(low: int, high: int, reaches: Callable[[int], bool]) -> int:
+    """The smallest parameter in [low, high] that reaches the target, or `high` if none does.
+
+    Doubles, then halves the gap: recall rises with the parameter but for noise well under a thousandth.
+    """
+    tried = low
+    while tried < high and not reaches(tried):
+        low, tried = tried + 1, min(2 * tried, high)
+    high = tried
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle + 1, high)
+    return high
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def _build(kind: Kind, embeddings: NDArray[Any], queries: Floats, exact: Rows, target: float) -> Built:
+    n, width, overfetch = len(embeddings), exact.shape[1], OVERFETCH[kind]
+    n_fetched = min(n, int(width * overfetch))
+    index = _filled(kind, embeddings)
+
+    def recall_at(parameter: int) -> float:
+        return recall_of(search(index, kind, queries, n_fetched, parameter), exact)
+
+    low, high = {
+        "flat": (0, 0),
+        "hnsw": (width, min(n, WIDEST_HNSW * width)),
+        "ivf_sq8": (1, max(1, n_lists(n) // LARGEST_PROBED)),
+        "ivf_pq": (1, max(1, n_lists(n) // LARGEST_PROBED)),
+    }[kind]
+    parameter = smallest(low, high, lambda p: recall_at(p) >= target)
+    started = time.perf_counter()
+    reached = recall_of(search(index, kind, queries, n_fetched, parameter), exact)
+    search_s = (time.perf_counter() - started) / len(queries)
+    return Built(
+        index,
+        kind,
+        {} if kind == "flat" else {"efSearch": parameter} if kind == "hnsw" else {"nprobe": parameter},
+        overfetch,
+        Recall(target=target, reached=reached, at=width, n_queries=len(queries)),
+        search_s,
+    )
+
+
+def n_lists(n: int) -> int:
+    """Lists of an inverted file: the power of two nearest to 4 √n; 4,096 for a million items."""
+    return int(2 ** round(np.log2(4 * np.sqrt(n))))
+
+
+def _filled(kind: Kind, embeddings: NDArray[Any]) -> faiss.Index:
+    n, d = embeddings.shape
+    metric = faiss.METRIC_INNER_PRODUCT
+    if kind == "flat":
+        index: faiss.Index = faiss.IndexFlatIP(d)
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(d, HNSW_LINKS, metric)
+        index.hnsw.efConstruction = HNSW_BUILD
+    else:
+        code = "SQ8" if kind == "ivf_sq8" else f"PQ{d // 2}x4fs"
+        index = faiss.index_factory(d, f"IVF{n_lists(n)},{code}", metric)
+        index.cp.seed = SEED
+        rows = np.random.default_rng(SEED).permutation(n)[: TRAIN_POINTS * n_lists(n)]
+        index.train(np.ascontiguousarray(embeddings[np.sort(rows)], np.float32))
+    for _, block in _blocks(embeddings):
+        index.add(block)
+    return index
+
+
+def _blocks(embeddings: NDArray[Any]) -> Iterator[tuple[int, Floats]]:
+    for start in range(0, len(embeddings), BLOCK):
+        yield start, np.ascontiguousarray(embeddings[start : start + BLOCK], np.float32)
