@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from app.bundle import Generation, run_model
 from app.errors import ClientError, StageFailed
 from app.features import Inputs, re_ranker_inputs
-from app.flow import Candidates, Query, Ranking, Rows, best_first
+from app.flow import Candidates, Query, Ranking, Rows, Stage, best_first
 from app.funnel import offline_funnel
 from app.warmup import offline_query, prove, rank_offline
 from models.pack_config import PackError
 
+STAGES = [stage.label for stage in Stage]
 Floats = NDArray[np.float32]
 Request = dict[str, Any]
 
@@ -140,6 +141,24 @@ def survival(generation: Generation, queries: Sequence[Query], k: int = 10) -> f
         if len(best):
             shares.append(float(np.isin(best, kept).mean()))
     return float(np.mean(shares)) if shares else 1.0
+
+
+def report(generation: Generation, file: Path, most: int, k: int) -> None:
+    """Print what the funnel loses and takes, on at most so many of the file's requests. Raises PackError."""
+    requests = read_requests(file)
+    if not requests:
+        raise PackError(f"{file.name}: has no request")
+    chosen = [requests[at] for at in np.unique(np.linspace(0, len(requests) - 1, most).astype(int))]
+    queries = resolve(generation, chosen)
+    rankings = run_funnel(generation, queries)
+    seconds = [[r.seconds for r in ranking.reports] for ranking in rankings]
+    widths = generation.manifest.funnel
+    print(f"{generation.name}: {len(queries)} requests, {widths.retrieve} -> {widths.rerank} -> {widths.k}")
+    print(
+        f"  of the re-ranker's own best {k} over all items, {survival(generation, queries, k):.3f} reach it"
+    )
+    for name, took in zip(STAGES, np.median(seconds, axis=0), strict=True):
+        print(f"  {name:<11} {took * 1e3:6.2f} ms, median, in one process without load")
 
 
 def _first_line(e: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import helper
 
@@ -266,6 +266,7 @@ def check_rows_alone(
         worst = float(np.abs(scores - whole).max())
         if not worst <= allowed:
             raise PackError(
-                f"{file}: a row's score changes {how} by up to {worst:.2g}; allowed is {allowed:.2g}, since rows are "
-                "scored in shards (look for batch norm in training mode, dropout, dynamic quantisation, a softmax over rows)"
+                f"{file}: a row's score changes {how} by up to {worst:.2g}; allowed is {allowed:.2g}, since rows "
+                "are scored in shards (look for batch norm in training mode, dropout, dynamic quantisation, softmax "
+                "over the rows)"
             )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,12 +152,12 @@ def _try_models(
         if len(candidates) < 2:
             continue
         feeds = evaluate.re_ranker_feeds(generation, queries[at], candidates)
-        output = _run(generation, feeds, file)
+        output = _run(generation, file, feeds)
         if graph.check_output(output, len(candidates), file):
             graph.flatten_output(models[file])
             session = open_session(models[file].SerializeToString(deterministic=True), file)
             generation = replace(generation, re_ranker=session)
-        graph.check_rows_alone(lambda f, g=generation: _run(g, f, file), feeds, per_item, file)
+        graph.check_rows_alone(partial(_run, generation, file), feeds, per_item, file)
         _check_features(generation, queries[at], candidates)
     return generation
 
@@ -171,7 +172,7 @@ def _trial_candidates(
     return Candidates(rows, sealed(scores), np.full(len(rows), Origin.INDEX, np.uint32), user)
 
 
-def _run(generation: Generation, feeds: Mapping[str, NDArray[Any]], file: str) -> NDArray[Any]:
+def _run(generation: Generation, file: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     try:
         return generation.re_ranker.run(None, dict(feeds))[0]  # type: ignore[no-any-return]
     except Exception as e:  # onnxruntime's exceptions have no root of their own
@@ -284,13 +285,11 @@ def _draft_manifest(config: PackConfig, names: tuple[str, ...], n_items: int) ->
     metrics = read_json(config.offline_metrics, "offline_metrics") if config.offline_metrics else {}
     if not isinstance(metrics, dict):
         raise PackError("offline_metrics: must be an object")
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    created = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return Manifest(
         format_version=1,
         name=config.name,
         version=config.version,
-        created=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=_created().strftime("%Y-%m-%dT%H:%M:%SZ"),
         files={},
         retrievers=(
             Retriever(
@@ -309,6 +308,13 @@ def _draft_manifest(config: PackConfig, names: tuple[str, ...], n_items: int) ->
         ),
         offline_metrics=metrics,
     )
+
+
+def _created() -> datetime:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if epoch and not epoch.isdecimal():
+        raise PackError(f"SOURCE_DATE_EPOCH: is {epoch!r}; allowed are seconds since 1970")
+    return datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
 
 
 def _open_draft(draft: Path, manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> Generation:
@@ -405,7 +411,7 @@ def _summarise(generation: Generation, out: Path, config: PackConfig, say: Say) 
     say(f"  index        {retriever.kind}, recall@{recall.at} {recall.reached:.3f} (asked {recall.target:g})")
     say(f"  calibration  {manifest.calibration.n_requests} requests")
     say(f"  golden       {len(manifest.golden)} requests")
-    say(f"  size         {size / 1e6:,.1f} MB in {len(manifest.files)} files")
+    say(f"  size         {size / 1e6:,.3g} MB in {len(manifest.files)} files")
     say(f"  digest       {generation.digest}")
     if config.funnel.timeout_ms:
         say(

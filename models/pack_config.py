@@ -22,7 +22,8 @@ class PackError(Exception):
 
 
 def _is_file(path: Path, info: ValidationInfo) -> Path:
-    file: Path = info.context["folder"] / path
+    folder: Path = (info.context or {}).get("folder", Path())
+    file = folder / path
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     return file

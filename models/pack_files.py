@@ -29,7 +29,8 @@ def write_items(config: PackConfig, draft: Path) -> int:
     embeddings = read_array(items.embeddings, "items.embeddings")
     if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or embeddings.shape[1] == 0:
         raise PackError(
-            f"items.embeddings: is {embeddings.dtype} {list(embeddings.shape)}; allowed is float16 or float32 [{n}, d]"
+            f"items.embeddings: is {embeddings.dtype} {list(embeddings.shape)}; allowed is float16 or float32, "
+            f"[{n}, d]"
         )
     _write(embeddings, "items.embeddings", n, draft / ITEMS / "embedding.npy")
     for name, file in items.tables.items():
@@ -152,7 +153,8 @@ def _write_ids(file: Path, key: str, folder: Path) -> int:
     ids = read_array(file, key)
     if ids.ndim != 1 or ids.dtype.kind not in "iuU" or not len(ids):
         raise PackError(
-            f"{key}: is {ids.dtype} {list(ids.shape)}; allowed is one axis, not empty, of integers or fixed-width strings"
+            f"{key}: is {ids.dtype} {list(ids.shape)}; allowed is one axis, not empty, of integers or "
+            "fixed-width strings"
         )
     if ids.dtype.kind == "u" and ids.max() > np.iinfo(np.int64).max:
         raise PackError(f"{key}: {ids.max()} is too large; allowed are signed 64-bit integers")

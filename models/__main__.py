@@ -1,0 +1,138 @@
+"""python -m models fetch                     the example's data: MovieLens-100k
+python -m models train                     fit the example's models: a folder with pack.toml
+python -m models pack --config pack.toml --out BUNDLE
+                                           arrays and ONNX files, anybody's, to a bundle
+python -m models evaluate BUNDLE --requests FILE
+                                           what the funnel loses against its own re-ranker
+python -m models demo                      all of it, served, with one request printed
+
+Exit codes: 0, or 2 for what can't be packed or evaluated, in one sentence. Only fetch, train and demo need torch
+and the network; each command imports no more than it needs.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DATA = Path("data")
+ARTEFACTS = Path("models/artefacts/movielens-100k")
+BUNDLE = Path("models/bundles/movielens-100k")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    code = parsed.run(parsed)
+    return int(code or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, fill in (
+        ("fetch", _fetch, _example_options),
+        ("train", _train, _example_options),
+        ("pack", _pack, _pack_options),
+        ("evaluate", _evaluate, _evaluate_options),
+        ("demo", _demo, _demo_options),
+    ):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        fill(command)
+    return parser
+
+
+def _example_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", type=Path, default=DATA, help="where the ratings are kept")
+    command.add_argument("--artefacts", type=Path, default=ARTEFACTS, help="where trained models go")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--people", type=int, help="only the first so many people: quick trials")
+    command.add_argument("--epochs", type=int, help="instead of the tuned numbers: quick trials")
+
+
+def _pack_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, required=True, help="pack.toml; paths in it are relative to it"
+    )
+    command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
+    command.add_argument(
+        "--recall", type=float, default=0.95, help="wanted of the index, against exact search"
+    )
+    command.add_argument(
+        "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_pq"), help="kind to begin with, not by size"
+    )
+    command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--requests", type=Path, required=True, help="a request of POST /v1/rank a line")
+    command.add_argument("--most", type=int, default=200, help="requests, evenly spread over the file")
+    command.add_argument("--k", type=int, default=10, help="how many of the re-ranker's own best")
+
+
+def _demo_options(command: argparse.ArgumentParser) -> None:
+    _example_options(command)
+    command.add_argument("--bundle", type=Path, default=BUNDLE)
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--admin-port", type=int, default=8001)
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    command.add_argument("--once", action="store_true", help="end after the first answer")
+
+
+def _fetch(parsed: argparse.Namespace) -> None:
+    from models.datasets import movielens
+
+    print(movielens.fetch(parsed.data))
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from models.train import train
+
+    train(parsed.data, parsed.artefacts, seed=parsed.seed, people=parsed.people, epochs=parsed.epochs)
+
+
+def _pack(parsed: argparse.Namespace) -> int:
+    from models.pack import pack
+    from models.pack_config import PackError
+
+    try:
+        pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force)
+    except PackError as e:
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from app.bundle import load
+    from app.errors import BundleError
+    from models.evaluate import report
+    from models.pack_config import PackError
+
+    try:
+        report(load(parsed.bundle), parsed.requests, parsed.most, parsed.k)
+    except (PackError, BundleError) as e:
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from models.demo import Places, demo
+
+    return demo(
+        Places(parsed.data, parsed.artefacts, parsed.bundle),
+        (parsed.port, parsed.admin_port),
+        parsed.workers,
+        people=parsed.people,
+        epochs=parsed.epochs,
+        once=parsed.once,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
