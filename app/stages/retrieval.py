@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import Generation, run_model
+from app.bundle import NO_ROW, Generation, run_model
 from app.errors import StageFailed
 from app.features import request_inputs
 from app.flow import Candidates, Filter, Origin, Query, RequestScope, Rows, Scores, Stage, sealed
@@ -170,12 +170,22 @@ class Retrieval:
 
 
 def matches(condition: Filter, values: NDArray[Any]) -> NDArray[np.bool_]:
-    """bool[n]: whether any of a row's values satisfies the condition. values: [n] or [n, m]."""
+    """bool[n]: whether any of a row's values satisfies the condition; the -1 that pads a row is no value.
+
+    Numbers are compared in the table's own type: 0.1 is what a float32 table holds where 0.1 was stored.
+    values: [n] or [n, m].
+    """
     held: NDArray[np.bool_] = np.ones(values.shape, np.bool_)
-    if condition.values is not None:
-        held &= np.isin(values, condition.values)
-    if condition.low is not None:
-        held &= values >= condition.low
-    if condition.high is not None:
-        held &= values <= condition.high
-    return held if held.ndim == 1 else np.asarray(held.any(axis=1))
+    with np.errstate(over="ignore"):  # beyond the table's type is infinite in it
+        if condition.values is not None:
+            wanted = condition.values
+            held &= np.isin(values, wanted.astype(values.dtype) if values.dtype.kind == "f" else wanted)
+        if condition.low is not None:
+            held &= values >= condition.low
+        if condition.high is not None:
+            held &= values <= condition.high
+    if held.ndim == 1:
+        return held
+    if values.dtype.kind in "iu":
+        held &= values != NO_ROW
+    return np.asarray(held.any(axis=1))
