@@ -195,7 +195,8 @@ def _check_candidates(found: Candidates, n_items: int) -> None:
 
 
 def _check_scored(given: object, scored: Scored) -> None:
-    if scored.candidates is not given or scored.scores.shape != (len(scored.candidates),):
+    columns = scored.scores.shape, scored.scored_by.shape
+    if scored.candidates is not given or set(columns) != {(len(scored.candidates),)}:
         raise ContractError(f"{scored.stage.label}: a scorer keeps length and order")
     if scored.scores.dtype != np.float32:
         raise ContractError(f"{scored.stage.label}: scores are {scored.scores.dtype}, not float32")
@@ -205,6 +206,10 @@ def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows = ranking.rows
     if len(rows) != min(query.k, len(fine)) or len(np.unique(rows)) != len(rows):
         raise ContractError(f"selection: {len(rows)} items of {len(fine)} candidates for k = {query.k}")
+    if {c.shape for c in (ranking.scores, ranking.values, ranking.stages, ranking.propensities)} != {
+        rows.shape
+    }:
+        raise ContractError("selection: columns of different lengths")
     if not np.isin(rows, fine.candidates.rows).all():
         raise ContractError("selection: an item that was no candidate")
     if len(rows) and not (ranking.propensities.min() > 0 and ranking.propensities.max() <= 1):
