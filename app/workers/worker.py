@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, faiss and onnxruntime are imported
 
+import contextlib
 import socket
 import sys
 import time
@@ -86,7 +87,8 @@ def read_exactly(connection: socket.socket, n: int) -> bytes:
 
 
 def main(fd: str, bundle: str, digest: str) -> None:
-    with socket.socket(fileno=int(fd)) as connection:
+    # A parent that is gone is no fault of ours.
+    with socket.socket(fileno=int(fd)) as connection, contextlib.suppress(ConnectionError):
         serve(connection, load_re_ranker(Path(bundle), digest))
 
 
