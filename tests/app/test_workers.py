@@ -1,0 +1,253 @@
+"""Worker processes: the same ranking whatever their number, the right answer to the right caller, and faults."""
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from app.control.deadline import Deadline
+from app.errors import StageFailed
+from app.flow import Degradation, Outcome, Stage
+from app.funnel import Funnel
+from app.stages import reranking
+from app.warmup import offline_query, rank_offline
+from app.workers.messages import FORMAT, read_header
+from app.workers.pool import WorkerPool
+from app.workers.scoring import Shard
+from tests import world
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+LONG_S = 600.0
+
+
+class Watched(WorkerPool):
+    """A pool that counts what became of its shards, and says when a worker was replaced."""
+
+    def __init__(self, generation, n_workers: int) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.restarted, self.asked = asyncio.Event(), asyncio.Event()
+        super().__init__(generation, n_workers, self.count, self.restarted.set)
+
+    def submit(self, shard: Shard):
+        self.asked.set()
+        return super().submit(shard)
+
+    def count(self, outcome: str, _: float) -> None:
+        self.outcomes[outcome] += 1
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pools(generation):
+    """Pools of 1, 2 and 4 workers."""
+    pools = {n: Watched(generation, n) for n in (1, 2, 4)}
+    await asyncio.gather(*(p.start() for p in pools.values()))
+    yield pools
+    await asyncio.gather(*(p.close() for p in pools.values()))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of 4 rows, so that 32 candidates are enough for 4 workers."""
+    monkeypatch.setattr(reranking, "MIN_SHARD", 4)
+
+
+def person(number: int, generation, **more):
+    return offline_query({"user": {"id": world.USER_IDS[number]}, **more}, generation)
+
+
+def shard_of(funnel: Funnel, query, until: float) -> Shard:
+    return Shard(query.person, funnel.retrieval.search(query, 20), {}, until)
+
+
+# ------------------------------------------------------------------------------- any number of workers
+
+
+REQUESTS = [
+    {"user": {"id": "ann"}, "k": 32},
+    {"user": {"id": "eve"}, "query": {"freshness": 20}, "k": 32},
+    {"candidates": [{"id": world.item_id(r), "features": {"bid": r % 7}} for r in range(50)], "k": 32},
+    {
+        "user": {"history": [world.item_id(r) for r in (3, 13, 23, 33, 43, 5)], "features": {"age": 9.5}},
+        "k": 32,
+    },
+    {"user": {"features": {"occupation": "pilot"}}, "filters": [{"field": "genres", "eq": "horror"}]},
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+async def test_the_ranking_is_the_same_for_1_2_and_4_workers_as_in_process(
+    pools, generation, threads, funnel, small_shards, request_
+):
+    query = offline_query(request_, generation)
+    alone = await rank_offline(funnel, query)
+    for n, pool in pools.items():
+        ranking = await rank_offline(Funnel(generation, pool, threads), query)
+        report = ranking.report(Stage.RERANKING)
+        assert report.shards == report.shards_ok == max(1, min(n, report.wanted // 4))
+        assert ranking.degradations == ()
+        assert ranking.rows.tolist() == alone.rows.tolist()
+        np.testing.assert_allclose(ranking.scores, alone.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 4])
+async def test_many_at_once_get_each_their_own_answer(pools, generation, threads, small_shards, n_workers):
+    funnel = Funnel(generation, pools[n_workers], threads)
+    queries = [person(i % 5, generation, query={"freshness": i % 3}, k=10) for i in range(60)]
+    rankings = await asyncio.gather(*(rank_offline(funnel, q) for q in queries))
+    for i, ranking in enumerate(rankings):
+        number, freshness = i % 5, i % 3
+        history = world.HISTORIES[number]
+        scores = world.rerank_scores(
+            history, freshness=freshness, age=world.AGES[number], occupation=1 + number % 2
+        )
+        kept = world.best(world.prerank_scores(history), world.RERANK, but=history)
+        expected = sorted(kept, key=lambda r, s=scores: -s[r])[:10]
+        assert ranking.rows.tolist() == expected
+        np.testing.assert_allclose(ranking.scores, scores[expected], rtol=1e-5)
+
+
+async def test_more_shards_than_workers_wait_their_turn(pools, generation, funnel):
+    pool = pools[1]
+    shards = [shard_of(funnel, person(n % 5, generation), time.monotonic() + LONG_S) for n in range(20)]
+    answers = await asyncio.gather(*(pool.submit(s) for s in shards))
+    for n, scores in enumerate(answers):
+        rows = shards[n].candidates.rows
+        expected = world.rerank_scores(
+            world.HISTORIES[n % 5], age=world.AGES[n % 5], occupation=1 + n % 5 % 2
+        )
+        np.testing.assert_allclose(scores, expected[rows], rtol=1e-5)
+
+
+async def test_an_expired_shard_is_not_scored(pools, generation, funnel):
+    pool, before = pools[2], pools[2].outcomes["expired"]
+    answer = pool.submit(shard_of(funnel, person(0, generation), time.monotonic() - 1))
+    with pytest.raises(StageFailed, match="expired"):
+        await answer
+    assert pool.outcomes["expired"] == before + 1
+
+
+async def test_a_shard_nobody_waits_for_is_not_handed_out(pools, generation, funnel):
+    pool = pools[1]
+    first = pool.submit(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S))
+    given_up = pool.submit(shard_of(funnel, person(1, generation), time.monotonic() + LONG_S))
+    last = pool.submit(shard_of(funnel, person(2, generation), time.monotonic() + LONG_S))
+    given_up.cancel()
+    before = pool.outcomes["ok"]
+    await asyncio.gather(first, last)
+    assert pool.outcomes["ok"] == before + 2
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+
+async def replaced(pool: Watched) -> None:
+    """Wait until every worker of the pool is alive."""
+    await asyncio.wait_for(asyncio.gather(*(w.is_ready.wait() for w in pool.workers)), 60)
+
+
+async def test_a_killed_worker_fails_no_request_and_is_replaced(generation, threads, small_shards):
+    pool = Watched(generation, 2)
+    await pool.start()
+    funnel = Funnel(generation, pool, threads)
+    first = pool.pids()
+    os.kill(first[0], signal.SIGKILL)
+    asked = 0
+    while not pool.restarted.is_set():
+        ranking = await rank_offline(funnel, person(2, generation))
+        assert set(ranking.rows.tolist()) <= set(range(21, 30))  # fresh or carried, of the right person
+        assert len(ranking) == world.K
+        asked += 1
+    await replaced(pool)
+    assert asked
+    assert pool.pids()[0] != first[0]
+    assert pool.pids()[1] == first[1]
+    assert (await rank_offline(funnel, person(2, generation))).degradations == ()
+    await pool.close()
+
+
+async def test_the_shard_of_a_dying_worker_is_carried_and_said(generation, threads):
+    pool = Watched(generation, 1)
+    await pool.start()
+    os.kill(pool.pids()[0], signal.SIGSTOP)  # it takes the shard and will not answer
+    ranking = asyncio.create_task(rank_offline(Funnel(generation, pool, threads), person(2, generation)))
+    await pool.asked.wait()
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    ranking = await ranking
+    report = ranking.report(Stage.RERANKING)
+    assert (report.wanted, report.done, report.outcome) == (32, 0, Outcome.FAILED)
+    assert ranking.degradations == (Degradation(Stage.RERANKING, "failed", "pre-rank scores"),)
+    assert ranking.rows.tolist() == [21, 22, 23, 24, 25]
+    assert pool.outcomes["lost"] == 1
+    await pool.close()
+
+
+async def test_a_worker_that_hangs_is_late_and_its_answer_is_not_mistaken_for_another(generation, threads):
+    pool = Watched(generation, 1)
+    await pool.start()
+    funnel, pid = Funnel(generation, pool, threads), pool.pids()[0]
+    os.kill(pid, signal.SIGSTOP)
+    late = await funnel.rank(person(0, generation), Deadline(time.monotonic(), 0.5))
+    assert late.report(Stage.RERANKING).outcome is Outcome.LATE
+    assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in late.degradations
+    assert len(late) == world.K
+    os.kill(pid, signal.SIGCONT)
+    after = await rank_offline(funnel, person(2, generation))
+    assert after.rows.tolist() == [21, 22, 23, 24, 25]
+    assert after.degradations == ()
+    await pool.close()
+
+
+async def test_with_no_worker_alive_every_request_is_still_answered(generation, threads):
+    pool = Watched(generation, 1)
+    await pool.start()
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    await asyncio.wait_for(pool.restarted.wait(), 60)
+    assert pool.n_alive == 0
+    ranking = await Funnel(generation, pool, threads).rank(
+        person(2, generation), Deadline(time.monotonic(), 0.2)
+    )
+    assert len(ranking) == world.K
+    assert {d.stage for d in ranking.degradations} >= {Stage.RERANKING}
+    await replaced(pool)
+    await pool.close()
+
+
+async def test_closing_ends_every_process_and_fails_what_waits(generation, funnel):
+    pool = Watched(generation, 2)
+    await pool.start()
+    pids = list(pool.pids().values())
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    shards = [shard_of(funnel, person(0, generation), time.monotonic() + LONG_S) for _ in range(3)]
+    answers = [pool.submit(s) for s in shards]
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    await pool.close()
+    outcomes = await asyncio.gather(*answers, return_exceptions=True)
+    assert all(isinstance(o, StageFailed | np.ndarray) for o in outcomes)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+async def test_an_answer_in_another_format_ends_the_worker_and_another_takes_its_place(
+    generation, funnel, monkeypatch
+):
+    pool = Watched(generation, 1)
+    await pool.start()
+    first = pool.pids()[0]
+    shard = shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)
+    with monkeypatch.context() as patch:
+        patch.setattr("app.workers.pool.read_header", lambda h: read_header(bytes([FORMAT + 1]) + h[1:]))
+        await pool.submit(shard)  # its reader has looked the function up already
+        with pytest.raises(StageFailed, match="its worker died"):
+            await pool.submit(shard)
+    await replaced(pool)
+    assert pool.pids()[0] != first
+    assert len(await pool.submit(shard)) == len(shard.candidates)
+    await pool.close()
