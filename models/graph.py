@@ -38,9 +38,8 @@ def read_graph(file: Path) -> onnx.ModelProto:
     """The model, self-contained and made of known operators. Raises PackError."""
     try:
         model = onnx.load_model_from_string(file.read_bytes())
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError) as e:
-        raise PackError(f"{file.name}: not a valid ONNX model ({str(e).strip().splitlines()[0]})") from e
+    except DecodeError as e:
+        raise PackError(f"{file.name}: not an ONNX model ({e})") from e
     for tensor in _tensors(model):
         if onnx.external_data_helper.uses_external_data(tensor):
             raise PackError(
@@ -56,6 +55,10 @@ def read_graph(file: Path) -> onnx.ModelProto:
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     if opset < OLDEST_OPSET:
         raise PackError(f"{file.name}: is of opset {opset}; allowed is {OLDEST_OPSET} or newer")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as e:
+        raise PackError(f"{file.name}: not a valid ONNX model ({str(e).strip().splitlines()[0]})") from e
     return model
 
 

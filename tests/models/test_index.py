@@ -1,0 +1,106 @@
+"""The index: its kind by size, the smallest parameter that reaches the target, never less in silence."""
+
+import faiss
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models import index
+
+WIDTH = 50
+
+
+def clusters(n: int, seed: int) -> NDArray[np.float32]:
+    """f32[n, 16] around 40 centres."""
+    centres = np.random.default_rng(0).standard_normal((40, 16))
+    rng = np.random.default_rng(seed)
+    return (centres[rng.integers(0, 40, n)] + 0.5 * rng.standard_normal((n, 16))).astype(np.float32)
+
+
+ITEMS, USERS = clusters(6_000, 1), clusters(100, 2)
+
+
+def silent(_: str) -> None:
+    """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "kind"),
+    [
+        (20_000, 64, "flat"),
+        (20_001, 64, "hnsw"),
+        (1_000_001, 64, "ivf_sq8"),
+        (4_000_001, 64, "ivf_pq"),
+        (4_000_001, 63, "ivf_sq8"),
+    ],
+)
+def test_the_size_of_the_catalogue_suggests_the_kind(n: int, d: int, kind: str) -> None:
+    assert index.kind_for(n, d) == kind
+
+
+def test_a_small_catalogue_is_searched_exactly() -> None:
+    built = index.build(ITEMS, USERS, WIDTH, 0.95, say=silent)
+    assert (built.kind, built.search, built.recall.reached) == ("flat", {}, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8", "ivf_pq"])
+def test_the_parameter_is_the_smallest_that_reaches_the_target(kind: index.Kind) -> None:
+    built = index.build(ITEMS, USERS, WIDTH, 0.9, kind=kind, say=silent)
+    exact = np.argsort(-USERS @ ITEMS.T, axis=1)[:, :WIDTH]
+    fetched = int(WIDTH * built.overfetch)
+    (parameter,) = built.search.values()
+    found = index.search(built.index, kind, USERS, fetched, parameter)
+    assert built.kind == kind
+    assert built.recall.reached == pytest.approx(index.recall_of(found, exact), abs=1e-9)
+    assert built.recall.reached >= 0.9
+    if parameter > (WIDTH if kind == "hnsw" else 1):
+        fewer = index.search(built.index, kind, USERS, fetched, parameter - 1)
+        assert index.recall_of(fewer, exact) < 0.9
+
+
+def test_a_kind_that_misses_the_target_gives_way_and_says_so() -> None:
+    said: list[str] = []
+    built = index.build(ITEMS, USERS, WIDTH, 1.0, kind="ivf_pq", say=said.append)
+    assert built.recall.reached == 1.0
+    assert built.kind != "ivf_pq"
+    assert any("ivf_pq reaches recall@50" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8", "ivf_pq"])
+def test_the_same_items_make_the_same_index(kind: index.Kind) -> None:
+    first, second = (index.build(ITEMS, USERS, WIDTH, 0.9, kind=kind, say=silent) for _ in range(2))
+    assert np.array_equal(faiss.serialize_index(first.index), faiss.serialize_index(second.index))
+    assert first.search == second.search
+
+
+def test_exact_search_in_blocks_is_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "BLOCK", 700)
+    found = index.search_exactly(ITEMS.astype(np.float16), USERS, WIDTH)
+    products = USERS @ ITEMS.astype(np.float16).astype(np.float32).T
+    assert index.recall_of(found, np.argsort(-products, axis=1)[:, :WIDTH]) == 1.0
+
+
+def test_without_enough_different_users_items_with_noise_stand_in_and_it_is_said() -> None:
+    said: list[str] = []
+    queries = index.enough_queries(ITEMS, np.repeat(USERS[:2], 100, axis=0), said.append)
+    assert len(queries) == 2 + 4 * index.ENOUGH_QUERIES
+    assert "only 2 different" in said[0]
+
+
+def test_recall_is_the_share_of_the_exact_rows_that_were_found() -> None:
+    exact, found = np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), np.array([[4, 3, 9, -1], [8, 7, 6, 5]])
+    assert index.recall_of(found, exact) == (2 / 4 + 4 / 4) / 2
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 17, 64, 99, 100])
+def test_the_smallest_is_found_between_the_bounds(wanted: int) -> None:
+    assert index.smallest(1, 100, lambda p: p >= wanted) == wanted
+
+
+def test_the_upper_bound_is_what_is_left_when_nothing_reaches() -> None:
+    assert index.smallest(3, 100, lambda _: False) == 100
+
+
+def test_a_width_beyond_the_catalogue_is_the_catalogue() -> None:
+    built = index.build(ITEMS[:30], USERS, WIDTH, 0.95, say=silent)
+    assert built.recall.at == 30
