@@ -130,7 +130,7 @@ def read_array(file: Path, key: str) -> Array:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        hint = "; strings are stored by np.array(list_of_str)" if "Object" in str(e) else ""
+        hint = "; strings are stored by np.array(list_of_str)" if "object" in str(e).lower() else ""
         raise PackError(f"{key}: {file.name} is no .npy array without pickle ({e}){hint}") from e
     if not isinstance(array, np.ndarray):
         raise PackError(f"{key}: {file.name} holds several arrays; allowed is one .npy")
