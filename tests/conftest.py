@@ -11,20 +11,27 @@ import pytest
 from app.bundle import Generation, load
 from app.control.deadline import Deadline
 from app.funnel import Funnel, offline_funnel
-from tests.handmade import write_bundle
+from models.pack import pack
+from tests import world
 from tests.running import KEYS_FILE, Running, running
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world; not to be changed."""
-    return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+    return _packed(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with strings as item ids and integers as user ids."""
-    return write_bundle(tmp_path_factory.mktemp("text") / "bundle", are_ids_text=True)
+    return _packed(tmp_path_factory.mktemp("text"), are_ids_text=True)
+
+
+def _packed(folder: Path, *, are_ids_text: bool = False) -> Path:
+    config = world.write_source(folder / "source", are_ids_text=are_ids_text)
+    pack(config, folder / "bundle", say=lambda _: None)
+    return folder / "bundle"
 
 
 @pytest.fixture

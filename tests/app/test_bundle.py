@@ -15,7 +15,7 @@ from app.bundle import NO_ROW, Ids, Knots, load
 from app.errors import BundleError
 from app.warmup import prove
 from tests import world
-from tests.handmade import reseal
+from tests.seal import reseal
 
 FILES = [
     "index.faiss",

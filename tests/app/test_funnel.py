@@ -133,8 +133,11 @@ async def test_filters_hold_by_name_and_by_number(funnel, ask, filters, expected
 
 @pytest.mark.parametrize("k", [1, 7, 49, 50, 1000])
 async def test_k_items_or_as_many_as_there_are(funnel, ask, k):
-    ranking = await rank_offline(funnel, ask(k=k))
+    ranking = await rank_offline(funnel, ask(k=k, rerank_count=max(k, world.RERANK)))
     assert ranking.rows.tolist() == list(range(min(k, world.N)))
+    narrow = await rank_offline(funnel, ask(k=k))
+    assert len(narrow) == min(k, world.N)
+    assert np.all(np.diff(narrow.scores) <= 0)  # fresh and carried on one scale
 
 
 @pytest.mark.parametrize(
