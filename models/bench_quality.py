@@ -1,0 +1,295 @@
+"""`make bench-quality`: fits, measures and prints the quality table of MovieLens-100k; non-zero under a bar.
+
+Two protocols (split.py) over the whole catalogue, the funnel being the real one: trained models are exported,
+packed and ranked by app.funnel with widths 500 → 100. The baselines are fitted on the same rows and asked with
+the same histories. Nothing is tuned here, and nothing that was tuned has seen a test event.
+
+    rolling next event    models of the first 80 % of the time line; events of the last 20 %, 20 a person
+    leave one out         15 fits: 5 shufflings of ties x 3 model seeds; the last event of each person
+
+What is printed: figure, bar, value, 95 % interval (bootstrap over people), and at the end one line of JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models import baselines, evaluate, metrics
+from models.clean import Catalogue, clean
+from models.datasets import movielens
+from models.metrics import MISSED, Estimate
+from models.split import Queries, Timeline, before, cuts, leave_one_out, rolling, timeline
+
+TIE_SEEDS, MODEL_SEEDS = 5, 3
+DEPTH = 100  # of the rankings that are compared: what re-ranking sees
+SURVIVAL_QUERIES = 1_000
+Ranks = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Table:
+    """The figures in the order they were measured."""
+
+    rows: list[tuple[str, str, Estimate, bool]] = field(default_factory=list)
+
+    def add(self, figure: str, value: Estimate, bar: str = "", is_met: bool = True) -> None:
+        """A row; without a bar it only informs."""
+        self.rows.append((figure, bar, value, is_met))
+
+    def print(self) -> bool:
+        """The table in Markdown and one line of JSON. Returns whether every bar is met."""
+        print("\n| figure | bar | value | 95 % interval | met |\n|---|---|---|---|---|")
+        for figure, bar, v, is_met in self.rows:
+            met = ("yes" if is_met else "NO") if bar else ""
+            print(f"| {figure} | {bar} | {v.value:.4f} | {v.low:.4f} to {v.high:.4f} | {met} |")
+        figures = {figure: [v.value, v.low, v.high] for figure, _, v, _ in self.rows}
+        missed = [figure for figure, _, _, is_met in self.rows if not is_met]
+        print(json.dumps({"bench": "quality", "figures": figures, "missed": missed}))
+        return not missed
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelRanks:
+    """The place of each query's target [Q] in the lists of the funnel, the linear stage and the towers.
+
+    p, happened f64[Q, m]: the re-ranker's scores of what reached it, and whether the person came to it later.
+    """
+
+    funnel: Ranks
+    linear: Ranks
+    towers: Ranks
+    p: NDArray[np.float64]
+    happened: NDArray[np.float64]
+
+
+# ------------------------------------------------------------------------------- fitting and asking
+
+
+def fit_bundle(
+    line: Timeline, events: Ranks, tuning: tuple[Ranks, Queries], catalogue: Catalogue, seed: int, out: Path
+) -> Path:
+    """Fit on `events`, the head on `tuning` (its events and queries), export and pack."""
+    from models.export import write_folder
+    from models.pack import pack
+    from models.train import fit, fit_head
+
+    tuning_events, tuning_queries = tuning
+    head = fit_head(fit(line, tuning_events, catalogue, seed, _quiet), tuning_queries, _quiet)
+    final = fit(line, events, catalogue, seed, _quiet)
+    people = np.unique(line.person)
+    write_folder(out / "artefacts", final, head, catalogue, tuning_queries, events, people)
+    pack(out / "artefacts" / "pack.toml", out / "bundle", say=_quiet)
+    return out / "bundle"
+
+
+def run_funnel(bundle: Path, queries: Queries) -> FunnelRanks:
+    """Ask the bundle's real funnel each query, by the history alone: the person is unknown to it."""
+    from app.bundle import load
+    from app.flow import best_first
+
+    generation = load(bundle)
+    ids = generation.ids.external(np.arange(generation.n_items))
+    keep = generation.manifest.funnel.rerank
+    columns: list[list[object]] = [[], [], [], [], []]
+    requests = [
+        {
+            "user": {"history": [ids[row] for row in queries.history(q)]},
+            "exclude": [ids[row] for row in queries.seen(q)],
+            "k": DEPTH,
+        }
+        for q in range(len(queries))
+    ]
+    resolved = evaluate.resolve(generation, requests)
+    scored = evaluate.score_through(generation, resolved)
+    rankings = evaluate.run_funnel(generation, resolved)
+    for q, (through, ranking) in enumerate(zip(scored, rankings, strict=True)):
+        rows, target = through.candidates.rows, int(queries.target[q])
+        by_linear = rows[best_first(through.preranking, rows)]
+        columns[0].append(metrics.rank_of(ranking.rows, target))
+        columns[1].append(metrics.rank_of(by_linear, target))
+        columns[2].append(metrics.rank_of(rows, target))
+        reached = ranking.rows[:keep]
+        columns[3].append(ranking.scores[:keep])
+        columns[4].append(np.isin(reached, queries.later(q)))
+    funnel, linear, towers, p, happened = (np.array(column) for column in columns)
+    return FunnelRanks(funnel, linear, towers, p.astype(float), happened.astype(float))
+
+
+def baseline_ranks(scorer: baselines.Scorer, queries: Queries) -> Ranks:
+    """The place of each target when the scorer orders everything that isn't seen."""
+    ranks = np.full(len(queries), MISSED)
+    for q in range(len(queries)):
+        scores = scorer(queries.history(q)).astype(np.float32)
+        scores[queries.seen(q)] = -np.inf
+        ranks[q] = metrics.rank_in(scores, int(queries.target[q]))
+    return ranks
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------ rolling next event
+
+
+def rolling_protocol(line: Timeline, catalogue: Catalogue, folder: Path, table: Table) -> None:
+    """The online service's protocol, with what survives and the calibration."""
+    tune_from, test_from = cuts(line.time)
+    fit_events = before(line, test_from)
+    queries = rolling(line, test_from, int(line.time.max()) + 1, seed=0)
+    from models.train import HEAD_QUERIES_A_PERSON
+
+    tuning = before(line, tune_from), rolling(line, tune_from, test_from, 0, HEAD_QUERIES_A_PERSON)
+    _say(f"rolling: {len(queries)} queries of {len(np.unique(queries.person))} people; fitting")
+    bundle = fit_bundle(line, fit_events, tuning, catalogue, 0, folder)
+    _say("rolling: asking the funnel and the baselines")
+    asked = run_funnel(bundle, queries)
+    has = baselines.interactions(line.person[fit_events], line.item[fit_events], line.n_items)
+    scorers: dict[str, baselines.Scorer] = {
+        "popularity": baselines.fit_popularity(has),
+        "ItemKNN": baselines.fit_item_knn(has),
+        "EASE": baselines.fit_ease(has),
+        "iALS": baselines.fit_ials(has),
+    }
+    ranks = {name: baseline_ranks(scorer, queries) for name, scorer in scorers.items()}
+    ranks |= {"two-tower alone": asked.towers, "linear alone": asked.linear, "funnel": asked.funnel}
+    add_ranks(table, "rolling", queries.person, ranks)
+    for name in ("EASE", "ItemKNN", "linear alone"):
+        gain = metrics.over_people(queries.person, metrics.ndcg(asked.funnel) - metrics.ndcg(ranks[name]))
+        table.add(f"rolling: NDCG@10, funnel - {name}", gain, "interval above 0", gain.low > 0)
+    add_survival(table, bundle, queries)
+    add_calibration(table, queries.person, asked)
+
+
+def add_ranks(table: Table, protocol: str, person: Ranks, ranks: dict[str, Ranks]) -> None:
+    """HR@10 and NDCG@10 of each."""
+    for name, found in ranks.items():
+        table.add(f"{protocol}: HR@10, {name}", metrics.over_people(person, metrics.hit(found)))
+        table.add(f"{protocol}: NDCG@10, {name}", metrics.over_people(person, metrics.ndcg(found)))
+
+
+def add_survival(table: Table, bundle: Path, queries: Queries) -> None:
+    """The share of the re-ranker's own ten best, over all unseen items, that reach it."""
+    from app.bundle import load
+
+    generation = load(bundle)
+    ids = generation.ids.external(np.arange(generation.n_items))
+    drawn = np.sort(np.random.default_rng(0).permutation(len(queries))[:SURVIVAL_QUERIES])
+    some = queries.take(drawn)
+    requests = [{"user": {"history": [ids[row] for row in some.history(q)]}} for q in range(len(some))]
+    resolved = evaluate.resolve(generation, requests)
+    shares = np.array([evaluate.survival(generation, [query]) for query in resolved])
+    value = metrics.over_people(some.person, shares)
+    table.add("share of the re-ranker's top 10 that survives", value, ">= .90", value.value >= 0.90)
+
+
+def add_calibration(table: Table, person: Ranks, asked: FunnelRanks) -> None:
+    """ECE of the re-ranker's score as P(later), on what reached it, 15 bins of equal mass."""
+    m = asked.p.shape[1]
+    value = metrics.calibration_over_people(np.repeat(person, m), asked.p.ravel(), asked.happened.ravel())
+    table.add("calibration of the re-ranker: ECE", value, "<= .01", value.value <= 0.01)
+
+
+# ----------------------------------------------------------------------------------- leave one out
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One fit's measures for each person, and those of the baselines of its shuffling."""
+
+    person: Ranks
+    ranks: dict[str, Ranks]
+
+
+def leave_out(job: tuple[Path, int, int]) -> LeftOut:
+    """One shuffling of ties and one model seed; a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    data, ties, seed = job
+    ratings = movielens.load(data)
+    catalogue = clean(ratings)
+    line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), ties)
+    events, queries = leave_one_out(line)
+    tuning = leave_one_out(line, back=2)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = run_funnel(fit_bundle(line, events, tuning, catalogue, seed, Path(folder)), queries)
+    has = baselines.interactions(line.person[events], line.item[events], line.n_items)
+    ranks = {
+        "EASE": baseline_ranks(baselines.fit_ease(has), queries),
+        "iALS": baseline_ranks(baselines.fit_ials(has, seed=seed), queries),
+        "popularity": baseline_ranks(baselines.fit_popularity(has), queries),
+        "two-tower alone": asked.towers,
+        "linear alone": asked.linear,
+        "funnel": asked.funnel,
+    }
+    return LeftOut(queries.person, ranks)
+
+
+def leave_one_out_protocol(data: Path, n_ties: int, n_seeds: int, table: Table) -> None:
+    """All fits, as many at a time as there are cores."""
+    jobs = [(data, ties, seed) for ties in range(n_ties) for seed in range(n_seeds)]
+    done: list[LeftOut] = []
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for result in pool.imap(leave_out, jobs):
+            done.append(result)
+            hits = metrics.hit(result.ranks["funnel"]).mean()
+            minutes = (time.monotonic() - started) / 60
+            _say(f"leave one out: fit {len(done)} of {len(jobs)}, HR@10 {hits:.4f}, {minutes:.1f} min")
+    person = done[0].person
+    for name in done[0].ranks:
+        for figure, measure in (("HR@10", metrics.hit), ("NDCG@10", metrics.ndcg)):
+            values = mean_over(done, name, measure)
+            table.add(f"leave one out: {figure}, {name}", metrics.over_people(person, values))
+    for name in ("EASE", "iALS"):
+        for figure, measure in (("HR@10", metrics.hit), ("NDCG@10", metrics.ndcg)):
+            difference = mean_over(done, "funnel", measure) - mean_over(done, name, measure)
+            gain = metrics.over_people(person, difference)
+            is_met = gain.value >= 0 and gain.low > -0.01
+            row = f"leave one out: {figure}, funnel - {name}"
+            table.add(row, gain, ">= 0, low end > -.01", is_met)
+
+
+def mean_over(
+    done: Sequence[LeftOut], name: str, measure: Callable[[Ranks], NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """f64[P]: each person's measure, mean over the fits (people come in the same order in each)."""
+    return np.mean([measure(one.ranks[name]) for one in done], axis=0)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.bench_quality")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--ties", type=int, default=TIE_SEEDS, help="shufflings of ties")
+    parser.add_argument("--seeds", type=int, default=MODEL_SEEDS, help="model seeds for each")
+    parsed = parser.parse_args()
+    movielens.fetch(parsed.data)
+    ratings = movielens.load(parsed.data)
+    catalogue, table = clean(ratings), Table()
+    line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        rolling_protocol(line, catalogue, Path(folder), table)
+    leave_one_out_protocol(parsed.data, parsed.ties, parsed.seeds, table)
+    return 0 if table.print() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
