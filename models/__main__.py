@@ -13,6 +13,7 @@ and the network; each command imports no more than it needs.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 DATA = Path("data")
@@ -100,7 +101,8 @@ def _pack(parsed: argparse.Namespace) -> int:
     from models.pack_config import PackError
 
     try:
-        pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force)
+        say = partial(print, flush=True)  # progress, also in a pipe
+        pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force, say=say)
     except PackError as e:
         print(f"refused: {e}", file=sys.stderr)
         return 2

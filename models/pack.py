@@ -46,7 +46,7 @@ from app.bundle import (
     sha256,
 )
 from app.errors import BundleError
-from app.features import FeatureSchema, Inputs, named_features
+from app.features import FeatureSchema
 from app.flow import Candidates, Origin, Query, sealed
 from models import evaluate, graph, index, score_scale
 from models.pack_config import PackConfig, PackError, read_config
@@ -141,7 +141,7 @@ def _try_models(
     queries: Sequence[Query],
     users: NDArray[np.float32],
 ) -> Generation:
-    """Prove on rows of the catalogue that the re-ranker keeps its contract, and the linear features their form.
+    """Prove on rows of the catalogue that the re-ranker keeps its contract.
 
     Returns: the generation with the re-ranker as it will be stored: one score a row, [n].
     """
@@ -158,7 +158,6 @@ def _try_models(
             session = open_session(models[file].SerializeToString(deterministic=True), file)
             generation = replace(generation, re_ranker=session)
         graph.check_rows_alone(partial(_run, generation, file), feeds, per_item, file)
-        _check_features(generation, queries[at], candidates)
     return generation
 
 
@@ -178,17 +177,6 @@ def _run(generation: Generation, file: str, feeds: Mapping[str, NDArray[Any]]) -
     except Exception as e:  # onnxruntime's exceptions have no root of their own
         n = max(len(v) for v in feeds.values())
         raise PackError(f"{file}: doesn't run on {n} rows ({str(e).strip().splitlines()[0]:.300})") from e
-
-
-def _check_features(generation: Generation, query: Query, candidates: Candidates) -> None:
-    given = Inputs(generation.tables, query.person, candidates, query.sent_with(candidates.rows))
-    for name in generation.pre_ranker.names:
-        try:
-            values = named_features([name], given)
-        except (KeyError, IndexError, ValueError) as e:
-            raise PackError(f"pre_ranker.weights: the feature {name} can't be made ({e})") from e
-        if not np.isfinite(values).all():
-            raise PackError(f"pre_ranker.weights: the feature {name} is not finite on sample requests")
 
 
 # ------------------------------------------------------------------------------- index, calibration, golden

@@ -62,9 +62,8 @@ def write_users(config: PackConfig, draft: Path, n_items: int) -> None:
     for name, file in users.tables.items():
         if name == "history":
             raise PackError("users.tables.history: histories go in users.history")
-        table = read_array(file, f"users.tables.{name}")
-        _write(table, f"users.tables.{name}", n, draft / USERS / f"{name}.npy")
-        _check_user_table(config, name, table)
+        key = f"users.tables.{name}"
+        _write(read_array(file, key), key, n, draft / USERS / f"{name}.npy")
     if users.history is not None:
         history = read_array(users.history, "users.history")
         if history.ndim != 2 or history.dtype.kind != "i" or len(history) != n:
@@ -185,15 +184,6 @@ def _write(table: Array, key: str, n: int, to: Path, *, is_text_allowed: bool = 
                 row = start + int(np.argmax(wrong.any(axis=1)))
                 raise PackError(f"{key}: row {row} is NaN or infinite; allowed are finite numbers")
     _save(table, to)
-
-
-def _check_user_table(config: PackConfig, name: str, table: Array) -> None:
-    """A row of the table fills the model inputs that read it."""
-    for i in (*config.user_tower.inputs, *config.re_ranker.inputs):
-        if i.source == "user_table" and i.field == name and table[0].size != np.prod(i.shape, dtype=int):
-            raise PackError(
-                f"users.tables.{name}: has {table[0].size} numbers a user, input {i.name} has shape {list(i.shape)}"
-            )
 
 
 def _check_rows(rows: Array, key: str, n: int, lowest: int) -> None:

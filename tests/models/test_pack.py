@@ -275,7 +275,7 @@ def wide_history(model: onnx.ModelProto) -> None:
             "users.history: holds -1 to 50; allowed are item rows, -1 to 49",
         ),
         (array("user_history", lambda a: a[:, ::-1]), "users.history: has a row after a -1"),
-        (array("age", lambda a: np.stack([a, a], axis=1)), "users.tables.age: has 2 numbers a user"),
+        (array("age", lambda a: np.stack([a, a], axis=1)), "users/age.npy: is"),
         (array("popular", put(0, 50)), "popular: holds 0 to 50; allowed are item rows, 0 to 49"),
         (array("popular", put(0, 3)), "popular: has a row twice"),
         (
