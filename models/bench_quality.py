@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from models.clean import Catalogue, clean
 from models.datasets import movielens
 from models.metrics import MISSED, Estimate
 from models.split import Queries, Timeline, before, cuts, leave_one_out, rolling, timeline
+
+if TYPE_CHECKING:
+    from models.train import Head  # torch takes seconds to import
 
 TIE_SEEDS, MODEL_SEEDS = 5, 3
 DEPTH = 100  # of the rankings that are compared: what re-ranking sees
@@ -75,27 +79,30 @@ class FunnelRanks:
 # ------------------------------------------------------------------------------- fitting and asking
 
 
-def fit_bundle(
-    line: Timeline, events: Ranks, tuning: tuple[Ranks, Queries], catalogue: Catalogue, seed: int, out: Path
+def make_bundle(
+    line: Timeline, events: Ranks, head: "Head", tuning: Queries, catalogue: Catalogue, seed: int, out: Path
 ) -> Path:
-    """Fit on `events`, the head on `tuning` (its events and queries), export and pack."""
+    """Fit on `events`, export with this head, and pack; `tuning` gives the sample requests."""
     from models.export import write_folder
     from models.pack import pack
-    from models.train import fit, fit_head
+    from models.train import fit
 
-    tuning_events, tuning_queries = tuning
-    head = fit_head(fit(line, tuning_events, catalogue, seed, _quiet), tuning_queries, _quiet)
-    final = fit(line, events, catalogue, seed, _quiet)
-    people = np.unique(line.person)
-    write_folder(out / "artefacts", final, head, catalogue, tuning_queries, events, people)
+    fitted = fit(line, events, catalogue, seed, _quiet)
+    write_folder(out / "artefacts", fitted, head, catalogue, tuning, events, np.unique(line.person))
     pack(out / "artefacts" / "pack.toml", out / "bundle", say=_quiet)
     return out / "bundle"
+
+
+def make_head(line: Timeline, events: Ranks, tuning: Queries, catalogue: Catalogue) -> "Head":
+    """The linear stage and the calibration, fitted on `tuning` with models that know only `events`."""
+    from models.train import fit, fit_head
+
+    return fit_head(fit(line, events, catalogue, 0, _quiet), tuning, _quiet)
 
 
 def run_funnel(bundle: Path, queries: Queries) -> FunnelRanks:
     """Ask the bundle's real funnel each query, by the history alone: the person is unknown to it."""
     from app.bundle import load
-    from app.flow import best_first
 
     generation = load(bundle)
     ids = generation.ids.external(np.arange(generation.n_items))
@@ -110,11 +117,11 @@ def run_funnel(bundle: Path, queries: Queries) -> FunnelRanks:
         for q in range(len(queries))
     ]
     resolved = evaluate.resolve(generation, requests)
-    scored = evaluate.score_through(generation, resolved)
+    coarse = evaluate.prerank(generation, resolved)
     rankings = evaluate.run_funnel(generation, resolved)
-    for q, (through, ranking) in enumerate(zip(scored, rankings, strict=True)):
-        rows, target = through.candidates.rows, int(queries.target[q])
-        by_linear = rows[best_first(through.preranking, rows)]
+    for q, ((_, scored), ranking) in enumerate(zip(coarse, rankings, strict=True)):
+        rows, target = scored.candidates.rows, int(queries.target[q])
+        by_linear = scored.top(len(scored)).candidates.rows
         columns[0].append(metrics.rank_of(ranking.rows, target))
         columns[1].append(metrics.rank_of(by_linear, target))
         columns[2].append(metrics.rank_of(rows, target))
@@ -144,14 +151,15 @@ def _quiet(_: str) -> None:
 
 def rolling_protocol(line: Timeline, catalogue: Catalogue, folder: Path, table: Table) -> None:
     """The online service's protocol, with what survives and the calibration."""
+    from models.train import HEAD_QUERIES_A_PERSON
+
     tune_from, test_from = cuts(line.time)
     fit_events = before(line, test_from)
     queries = rolling(line, test_from, int(line.time.max()) + 1, seed=0)
-    from models.train import HEAD_QUERIES_A_PERSON
-
-    tuning = before(line, tune_from), rolling(line, tune_from, test_from, 0, HEAD_QUERIES_A_PERSON)
+    tuning = rolling(line, tune_from, test_from, 0, HEAD_QUERIES_A_PERSON)
     _say(f"rolling: {len(queries)} queries of {len(np.unique(queries.person))} people; fitting")
-    bundle = fit_bundle(line, fit_events, tuning, catalogue, 0, folder)
+    head = make_head(line, before(line, tune_from), tuning, catalogue)
+    bundle = make_bundle(line, fit_events, head, tuning, catalogue, 0, folder)
     _say("rolling: asking the funnel and the baselines")
     asked = run_funnel(bundle, queries)
     has = baselines.interactions(line.person[fit_events], line.item[fit_events], line.n_items)
@@ -211,24 +219,36 @@ class LeftOut:
     ranks: dict[str, Ranks]
 
 
-def leave_out(job: tuple[Path, int, int]) -> LeftOut:
-    """One shuffling of ties and one model seed; a process of its own."""
+def time_line(data: Path, ties: int) -> tuple[Timeline, Catalogue]:
+    """The ratings on the time line, this shuffling of ties; for a process of its own, on one thread."""
     import torch
 
     torch.set_num_threads(1)
-    data, ties, seed = job
     ratings = movielens.load(data)
     catalogue = clean(ratings)
-    line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), ties)
+    return timeline(ratings.person, ratings.item, ratings.time, len(catalogue), ties), catalogue
+
+
+def head_of(job: tuple[Path, int]) -> "Head":
+    """What is tuned on the second-last events of one shuffling, by models that know neither of the last two."""
+    line, catalogue = time_line(*job)
+    return make_head(line, *leave_one_out(line, back=2), catalogue)
+
+
+def leave_out(job: tuple[Path, int, int, "Head"]) -> LeftOut:
+    """One shuffling of ties and one model seed: fitted without the last events, asked for them."""
+    data, ties, seed, head = job
+    line, catalogue = time_line(data, ties)
     events, queries = leave_one_out(line)
-    tuning = leave_one_out(line, back=2)
+    _, tuning = leave_one_out(line, back=2)
     with tempfile.TemporaryDirectory() as folder:
-        asked = run_funnel(fit_bundle(line, events, tuning, catalogue, seed, Path(folder)), queries)
+        bundle = make_bundle(line, events, head, tuning, catalogue, seed, Path(folder))
+        asked = run_funnel(bundle, queries)
     has = baselines.interactions(line.person[events], line.item[events], line.n_items)
     ranks = {
+        "popularity": baseline_ranks(baselines.fit_popularity(has), queries),
         "EASE": baseline_ranks(baselines.fit_ease(has), queries),
         "iALS": baseline_ranks(baselines.fit_ials(has, seed=seed), queries),
-        "popularity": baseline_ranks(baselines.fit_popularity(has), queries),
         "two-tower alone": asked.towers,
         "linear alone": asked.linear,
         "funnel": asked.funnel,
@@ -237,11 +257,12 @@ def leave_out(job: tuple[Path, int, int]) -> LeftOut:
 
 
 def leave_one_out_protocol(data: Path, n_ties: int, n_seeds: int, table: Table) -> None:
-    """All fits, as many at a time as there are cores."""
-    jobs = [(data, ties, seed) for ties in range(n_ties) for seed in range(n_seeds)]
-    done: list[LeftOut] = []
-    started = time.monotonic()
+    """One head a shuffling, then all fits, as many at a time as there are cores."""
+    started, done = time.monotonic(), []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        _say(f"leave one out: {n_ties} heads, then {n_ties * n_seeds} fits")
+        heads = pool.map(head_of, [(data, ties) for ties in range(n_ties)], chunksize=1)
+        jobs = [(data, ties, seed, heads[ties]) for ties in range(n_ties) for seed in range(n_seeds)]
         for result in pool.imap(leave_out, jobs):
             done.append(result)
             hits = metrics.hit(result.ranks["funnel"]).mean()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from app.bundle import Generation, run_model
 from app.errors import ClientError, StageFailed
 from app.features import Inputs, re_ranker_inputs
-from app.flow import Candidates, Query, Ranking, Rows, Stage, best_first
+from app.flow import Candidates, Query, Ranking, Rows, Scored, Stage, best_first
 from app.funnel import offline_funnel
 from app.warmup import offline_query, prove, rank_offline
 from models.pack_config import PackError
@@ -93,15 +93,20 @@ def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Flo
     return np.asarray(scores, np.float32).reshape(-1)
 
 
-def score_through(generation: Generation, queries: Iterable[Query]) -> Iterator[ScoredThrough]:
-    """Retrieval at its configured width, then both scorers on everything found."""
+def prerank(generation: Generation, queries: Iterable[Query]) -> Iterator[tuple[Query, Scored]]:
+    """Retrieval at its configured width, and the linear stage's scores of what it found."""
     width = generation.manifest.funnel.retrieve
     with ThreadPoolExecutor(1) as threads:
         funnel = offline_funnel(generation, threads)
         for query in queries:
-            found = funnel.retrieval.search(query, width)
-            coarse = funnel.preranking.score(query, found)
-            yield ScoredThrough(query, found, coarse.scores, re_rank(generation, query, found))
+            yield query, funnel.preranking.score(query, funnel.retrieval.search(query, width))
+
+
+def score_through(generation: Generation, queries: Iterable[Query]) -> Iterator[ScoredThrough]:
+    """The same, and the re-ranker on everything found."""
+    for query, coarse in prerank(generation, queries):
+        found = coarse.candidates
+        yield ScoredThrough(query, found, coarse.scores, re_rank(generation, query, found))
 
 
 def run_funnel(generation: Generation, queries: Sequence[Query]) -> list[Ranking]:
@@ -135,11 +140,10 @@ def survival(generation: Generation, queries: Sequence[Query], k: int = 10) -> f
     """Mean share of `rank_everything`'s k best that retrieval and pre-ranking let through to the re-ranker."""
     keep = generation.manifest.funnel.rerank
     shares = []
-    for scored in score_through(generation, queries):
-        kept = scored.candidates.rows[best_first(scored.preranking, scored.candidates.rows)[:keep]]
-        best = rank_everything(generation, scored.query, k)
+    for query, coarse in prerank(generation, queries):
+        best = rank_everything(generation, query, k)
         if len(best):
-            shares.append(float(np.isin(best, kept).mean()))
+            shares.append(float(np.isin(best, coarse.top(keep).candidates.rows).mean()))
     return float(np.mean(shares)) if shares else 1.0
 
 
