@@ -16,8 +16,11 @@ WinnowError
 └── ContractError            our bug: loud, never degraded away
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+SHOWN_VALUE = 100  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,15 @@ class FieldError:
     field: str
     value: Any
     allowed: str
+
+
+def shown(value: Any) -> Any:
+    """A value fit for an error: short, and nothing that JSON can't hold."""
+    is_number = isinstance(value, float) and math.isfinite(value)
+    if value is None or is_number or (isinstance(value, bool | int) and abs(value) < 2**53):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
 
 
 class WinnowError(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.bundle import NO_ROW, Generation, Users
-from app.errors import FieldError, InvalidRequest
+from app.errors import FieldError, InvalidRequest, shown
 from app.features import FieldSpec
 from app.flow import Person, sealed
 
@@ -78,7 +78,7 @@ def _fields(asked: Asked, generation: Generation, row: int) -> dict[str, NDArray
             raise InvalidRequest(
                 FieldError(
                     f"{SENT_IN[part]}.{name}",
-                    str(value)[:100],
+                    shown(value),
                     f"no such feature; allowed: {allowed or 'none in this bundle'}",
                 )
             )
@@ -103,16 +103,16 @@ def field_value(where: str, value: Any, spec: FieldSpec, vocab: Mapping[str, int
     """
     if isinstance(value, str):
         if vocab is None:
-            raise InvalidRequest(FieldError(where, value, f"{_form(spec)}: it has no category names"))
+            raise InvalidRequest(FieldError(where, shown(value), f"{_form(spec)}: it has no category names"))
         value = vocab.get(value, spec.default)
     try:
         exact = np.asarray(value, np.float64).reshape(1, *spec.shape)
     except ValueError as e:
-        raise InvalidRequest(FieldError(where, str(value)[:100], _form(spec))) from e
+        raise InvalidRequest(FieldError(where, shown(value), _form(spec))) from e
     largest = np.finfo(np.float32).max if spec.dtype == "float32" else 2.0**53
     is_whole = spec.dtype == "float32" or bool(np.all(exact == np.floor(exact)))
     if not is_whole or np.abs(exact).max(initial=0.0) > largest:
-        raise InvalidRequest(FieldError(where, str(value)[:100], f"{_form(spec)} of type {spec.dtype}"))
+        raise InvalidRequest(FieldError(where, shown(value), f"{_form(spec)} of type {spec.dtype}"))
     return exact.astype(spec.dtype)
 
 

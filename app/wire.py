@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from app.bundle import NO_ROW, Generation
 from app.control.deadline import Deadline
-from app.errors import FieldError, InvalidRequest, MalformedBody
+from app.errors import FieldError, InvalidRequest, MalformedBody, shown
 from app.flow import Filter, Person, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
 from app.users import Asked, field_value
 
 SHOWN_ERRORS = 20
-SHOWN_VALUE = 100  # characters
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=Limits.ID_LENGTH)]
@@ -180,33 +180,39 @@ def parse(body: bytes) -> RankRequest:
         errors = e.errors(include_url=False, include_context=False)
         if errors[0]["type"] == "json_invalid":
             raise MalformedBody(errors[0]["msg"]) from e
-        raise InvalidRequest(*_field_errors(errors)[:SHOWN_ERRORS]) from e
+        raise InvalidRequest(*_field_errors(errors, from_json(body))[:SHOWN_ERRORS]) from e
 
 
-def _field_errors(errors: Sequence[Any]) -> list[FieldError]:
-    """One a field: where a value could have been of several types, what each allows is joined."""
-    by_path: dict[str, list[Any]] = {}
+def _field_errors(errors: Sequence[Any], sent: Any) -> list[FieldError]:
+    """One a field: where a value could have been of several types, what each allows is joined.
+
+    Where an error is deeper inside the same value, the value had the form of that branch: only it is told.
+    """
+    by_path: dict[tuple[int | str, ...], list[Any]] = {}
     for error in errors:
-        by_path.setdefault(_path(error["loc"]), []).append(error)
+        by_path.setdefault(_path(error, sent), []).append(error)
+    outer = {path[:n] for path in by_path for n in range(len(path))}
     return [
-        FieldError(path, shown(found[0]["input"]), ", or ".join(dict.fromkeys(e["msg"] for e in found)))
+        FieldError(
+            ".".join(map(str, path)) or "body",
+            shown(found[0]["input"]),
+            ", or ".join(dict.fromkeys(e["msg"] for e in found)),
+        )
         for path, found in by_path.items()
+        if path not in outer
     ]
 
 
-def _path(loc: tuple[int | str, ...]) -> str:
-    """The fields a caller sent, without the branches of unions that pydantic tried on its way."""
-    branches = ("int", "str", "float", "constrained-", "list[", "CandidatePart", "function-")
-    parts = [str(p) for p in loc if isinstance(p, int) or not p.startswith(branches)]
-    return ".".join(parts) or "body"
-
-
-def shown(value: Any) -> Any:
-    """A value fit for an error: short, and nothing that JSON can't hold."""
-    if value is None or (isinstance(value, bool | int) and abs(value) < 2**53):
-        return value
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
+def _path(error: Any, value: Any) -> tuple[int | str, ...]:
+    """Where in what was sent, without the branches of unions that pydantic tried on its way."""
+    path: list[int | str] = []
+    for part in error["loc"]:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+        elif error["type"] != "missing" or part is not error["loc"][-1]:
+            continue
+        path.append(part)
+    return tuple(path)
 
 
 def deadline(request: RankRequest, received_at: float, sla_s: float) -> Deadline:
@@ -277,7 +283,9 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
     where = f"filters.{position}"
     if part.field not in generation.filterable:
         allowed = ", ".join(generation.filterable) or "none in this bundle"
-        raise InvalidRequest(FieldError(f"{where}.field", part.field, f"no such table; allowed: {allowed}"))
+        raise InvalidRequest(
+            FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}")
+        )
     vocab = generation.vocab.get(part.field)
     wanted = part.one_of if part.eq is None else [part.eq]
     values = None
@@ -292,5 +300,5 @@ def _number(where: str, value: float | str, vocab: Mapping[str, int] | None) -> 
     if not isinstance(value, str):
         return value
     if vocab is None:
-        raise InvalidRequest(FieldError(where, value, "a number: this table has no category names"))
+        raise InvalidRequest(FieldError(where, shown(value), "a number: this table has no category names"))
     return vocab.get(value, np.nan)
