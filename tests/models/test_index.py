@@ -83,8 +83,13 @@ def test_exact_search_in_blocks_is_exact_search(monkeypatch: pytest.MonkeyPatch)
 def test_without_enough_different_users_items_with_noise_stand_in_and_it_is_said() -> None:
     said: list[str] = []
     queries = index.enough_queries(ITEMS, np.repeat(USERS[:2], 100, axis=0), said.append)
-    assert len(queries) == 2 + 4 * index.ENOUGH_QUERIES
+    assert len(queries) == 2 * 100 + 4 * index.ENOUGH_QUERIES
     assert "only 2 different" in said[0]
+
+
+def test_people_alike_count_as_often_as_they_come() -> None:
+    users = np.concatenate([USERS, np.repeat(USERS[:1], 300, axis=0)])
+    assert np.array_equal(index.enough_queries(ITEMS, users, silent), users)
 
 
 def test_recall_is_the_share_of_the_exact_rows_that_were_found() -> None:
