@@ -5,12 +5,12 @@
     up to 4 million        ivf_sq8   nprobe, 2 × the width fetched and scored exactly
     above                  ivf_pq    nprobe, 4 × the width fetched and scored exactly
 
-The parameter is the smallest that reaches the target on the queries: the tower's outputs for sample requests. A
-kind that can't reach it gives way to another, at last to exact search, and that is said. How an index is searched online is
-stages/retrieval.py; here the same calls are timed and compared with exact search. Same inputs, same index:
-seeds are fixed, and a graph is built on one thread.
+The parameter is the smallest that reaches the target on the queries: the tower's outputs for sample requests.
+A kind that can't reach it gives way to another, at last to exact search, and that is said. How an index is
+searched online is stages/retrieval.py; here the same calls are compared with exact search. Same inputs, same
+index: seeds are fixed, and a graph is built on one thread.
 
-Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured on every catalogue anew.
+Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured anew each time.
 """
 
 import time
