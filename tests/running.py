@@ -60,6 +60,11 @@ class Running:
     def metrics(self) -> str:
         return self.call("GET", "/metrics", port=self.admin_port).body.decode()
 
+    def counted(self, outcome: str) -> float:
+        """How many requests ended so."""
+        start = f'winnow_requests_total{{outcome="{outcome}"}} '
+        return next(float(x.removeprefix(start)) for x in self.metrics().splitlines() if x.startswith(start))
+
     def wait_for_line(self, message: str) -> dict[str, Any]:
         """The next log line whose message begins so."""
         while (line := self.lines.get(timeout=PATIENCE_S)) is not None:

@@ -35,16 +35,9 @@ def test_health_is_on_the_ranking_port_and_metrics_on_the_admin_port(service):
     assert service.call("GET", "/livez").status == 200
     assert service.call("GET", "/readyz").status == 200
     assert service.call("GET", "/metrics").status == 404
-    before = _counted(service)
+    before = service.counted("ok")
     assert ranks_well(service)
-    assert _counted(service) == before + 1
-
-
-def _counted(service) -> float:
-    line = next(
-        x for x in service.metrics().splitlines() if x.startswith('winnow_requests_total{outcome="ok"}')
-    )
-    return float(line.split()[-1])
+    assert service.counted("ok") == before + 1
 
 
 def test_keys_are_asked(service):
