@@ -18,6 +18,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app import errors, wire
 from app.flow import Stage
@@ -172,15 +173,18 @@ def _request_id(sent: str | None) -> str:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, no longer than the limit. Raises UnsupportedMedia, BodyTooLarge."""
+    """The body, no longer than the limit. Raises UnsupportedMedia, BodyTooLarge, MalformedBody."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise errors.UnsupportedMedia(f"content-type {media_type or 'is missing'}: send application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > Limits.BODY_BYTES:
-            raise errors.BodyTooLarge(f"the body is over {Limits.BODY_BYTES} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > Limits.BODY_BYTES:
+                raise errors.BodyTooLarge(f"the body is over {Limits.BODY_BYTES} bytes")
+    except ClientDisconnect as e:  # nobody reads the answer, but the log should not call it a defect
+        raise errors.MalformedBody("the client left before the end of the body") from e
     return bytes(body)
 
 

@@ -54,6 +54,15 @@ class Recall(Strict):
     n_queries: int
 
 
+# kind → FAISS's name of the class (its beginning), and the parameters of a search
+INDEX_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "flat": ("IndexFlat", ()),
+    "hnsw": ("IndexHNSW", ("efSearch",)),
+    "ivf_sq8": ("IndexIVFScalarQuantizer", ("nprobe",)),
+    "ivf_pq": ("IndexIVFPQ", ("nprobe",)),
+}
+
+
 class Retriever(Strict):
     """An index over the item embeddings and the tower that makes its queries.
 
@@ -67,8 +76,17 @@ class Retriever(Strict):
     index: str = "index.faiss"
     n: int = Field(ge=1)
     search: dict[Literal["nprobe", "efSearch"], int] = Field(default_factory=dict)
-    overfetch: float = Field(default=1.0, ge=1.0)
+    overfetch: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
     recall: Recall
+
+    @model_validator(mode="after")
+    def _has_its_parameters(self) -> "Retriever":
+        needed = set(INDEX_KINDS[self.kind][1])
+        if set(self.search) != needed or any(value < 1 for value in self.search.values()):
+            raise ValueError(
+                f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more"
+            )
+        return self
 
 
 class Budgets(Strict):
@@ -97,8 +115,9 @@ class Knots(Strict):
 
     @model_validator(mode="after")
     def _rises(self) -> "Knots":
-        if len(self.x) != len(self.y) or np.any(np.diff(self.x) <= 0) or np.any(np.diff(self.y) <= 0):
-            raise ValueError("calibration knots must be as many x as y, both strictly rising")
+        rises = len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)
+        if not rises or not np.isfinite(self.x + self.y).all():
+            raise ValueError("calibration knots must be as many x as y, finite and strictly rising")
         return self
 
     def __call__(self, scores: Scores) -> Scores:
@@ -417,11 +436,14 @@ def _listed(path: Path, manifest: Manifest, name: str) -> Path:
 
 
 def _index(path: Path, manifest: Manifest) -> faiss.Index:
-    name = manifest.retrievers[0].index
+    name, kind = manifest.retrievers[0].index, manifest.retrievers[0].kind
     try:
-        return faiss.read_index(str(_listed(path, manifest, name)))
+        index = faiss.read_index(str(_listed(path, manifest, name)))
     except RuntimeError as e:
         raise BundleError(f"{name}: not an index that FAISS opens") from e
+    if not type(index).__name__.startswith(INDEX_KINDS[kind][0]):
+        raise BundleError(f"{name}: is a FAISS {type(index).__name__}, the manifest says {kind}")
+    return index
 
 
 def _session(path: Path, manifest: Manifest, name: str) -> ort.InferenceSession:
@@ -534,17 +556,23 @@ def _check_graph(
             f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}"
         )
     for i in inputs:
-        dtype, shape = _bound_shape(g, i, file)
-        want = {"tensor(float)": np.float32, "tensor(int64)": np.int64}.get(graph[i.name].type)
-        axes = graph[i.name].shape[1:]
-        if want is not dtype or len(axes) != len(shape):
-            raise BundleError(
-                f"{file}: input {i.name} is {graph[i.name].type} {graph[i.name].shape}, "
-                f"its source gives {dtype.__name__} [n, {', '.join(map(str, shape))}]"
-            )
-        for axis, size in zip(axes, shape, strict=True):
-            if isinstance(axis, int) and axis != size:
-                raise BundleError(f"{file}: input {i.name} wants {axis} where its source gives {size}")
+        _check_input(graph[i.name], *_bound_shape(g, i, file), file)
+        if i.mask:
+            _check_input(graph[i.mask], np.float32, (i.length,), file)
+
+
+def _check_input(node: ort.NodeArg, dtype: type, shape: tuple[int, ...], file: str) -> None:
+    """An input of a graph has this type and, after the first axis, this shape; open axes take any size."""
+    want = {"tensor(float)": np.float32, "tensor(int64)": np.int64}.get(node.type)
+    axes = node.shape[1:]
+    fits = len(axes) == len(shape) and all(
+        not isinstance(axis, int) or axis == size for axis, size in zip(axes, shape, strict=True)
+    )
+    if want is not dtype or not fits:
+        raise BundleError(
+            f"{file}: input {node.name} is {node.type} {node.shape}, "
+            f"its source gives {dtype.__name__} [n, {', '.join(map(str, shape))}]"
+        )
 
 
 def _bound_shape(g: Generation, i: ModelInput, file: str) -> tuple[type, tuple[int, ...]]:

@@ -58,8 +58,12 @@ async def _prove_one(generation: Generation, golden: Golden, number: int, thread
     if ranking.degradations:
         lost = ranking.degradations[0]
         raise BundleError(f"{where} fails in {lost.stage.label} ({lost.reason})")
-    scores = dict(zip(generation.ids.external(ranking.rows), ranking.scores.tolist(), strict=True))
-    for item, expected in zip(golden.items, golden.scores, strict=True):
-        found = scores.get(item)
-        if found is None or not np.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
-            raise BundleError(f"{where} gives item {item} the score {found}, the manifest says {expected}")
+    found = dict(zip(generation.ids.external(ranking.rows), ranking.scores.tolist(), strict=True))
+    if len(found) != len(golden.items):
+        raise BundleError(f"{where} gives {len(found)} items, the manifest says {len(golden.items)}")
+    for item, expected, at_place in zip(golden.items, golden.scores, ranking.scores.tolist(), strict=True):
+        # Where two items changed places, both scores must still be what they were: a tie, to the tolerance.
+        if item not in found or not np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE):
+            raise BundleError(
+                f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}"
+            )

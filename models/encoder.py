@@ -4,7 +4,7 @@ The encoder sums the history's item vectors under four learned weightings of the
 few" to "all alike", and turns the four sums into one vector. It knows nobody by id.
 
 It has two paths with the same result: `forward` over gathered vectors [B, L, d], which is what is exported,
-and `from_table` over row numbers, three times faster in training because it multiplies instead of gathering.
+and `from_table` over row numbers, two to three times faster in training because nothing is gathered.
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DECAYS = (0.5, 0.8, 0.95, 1.0)  # where the weight of an item t places back starts: decay ** t
@@ -44,12 +45,13 @@ class HistoryEncoder(nn.Module):
 
     def from_table(self, table: Tensor, rows: Tensor) -> Tensor:
         """The same for rows [B, L] of a table [N, d]; -1 is no item."""
-        n = table.shape[0]
         weights = torch.exp(self.log_weight)[None] * (rows >= 0).float()[:, None]
-        place = torch.where(rows >= 0, rows, n)[:, None].expand_as(weights)
-        dense = table.new_zeros(len(rows), len(DECAYS), n + 1).scatter(2, place, weights)
-        sums = (dense[:, :, :n].reshape(-1, n) @ table).view(len(rows), len(DECAYS), -1)
-        return self._head(sums, weights.sum(2), (rows >= 0).float().sum(1))
+        known = rows.clamp(min=0)
+        sums = [
+            F.embedding_bag(known, table, per_sample_weights=one.contiguous(), mode="sum")
+            for one in weights.unbind(1)
+        ]
+        return self._head(torch.stack(sums, dim=1), weights.sum(2), (rows >= 0).float().sum(1))
 
     def _head(self, sums: Tensor, total: Tensor, count: Tensor) -> Tensor:
         z = (sums / (1.0 + total)[..., None]).flatten(1)

@@ -61,10 +61,8 @@ inputs = [
 file = "re_ranker.onnx"
 inputs = [
   {{name = "history", source = "history", table = "deep_history", length = {deep_length}, mask = "history_mask"}},
-  {{name = "user", source = "user_embedding"}},
   {{name = "item", source = "item_table", table = "deep_item"}},
   {{name = "static", source = "item_table", table = "static"}},
-  {{name = "retrieval_score", source = "retrieval_score"}},
 ]
 
 [pre_ranker]
@@ -86,11 +84,9 @@ class ReRanker(nn.Module):
         super().__init__()
         self.deep, self.calibration = deep, calibration
 
-    def forward(
-        self, history: Tensor, mask: Tensor, user: Tensor, item: Tensor, static: Tensor, found: Tensor
-    ) -> Tensor:
+    def forward(self, history: Tensor, mask: Tensor, item: Tensor, static: Tensor) -> Tensor:
         g = self.deep.long_view(history, mask)
-        logits = self.deep(g, history, mask, item[None], static[None], user, found[None])
+        logits = self.deep(g, history, mask, item[None], static[None])
         return self.calibration(logits[0], mask)
 
 
@@ -147,9 +143,9 @@ def export_user_tower(file: Path, fitted: Fitted) -> None:
 def export_re_ranker(file: Path, fitted: Fitted, calibration: Calibration) -> None:
     """The calibrated re-ranker with a dynamic first axis of candidates; proved for 1, 7 and 100 of them."""
     model = ReRanker(fitted.deep, calibration).eval()
-    names = ["history", "history_mask", "user", "item", "static", "retrieval_score"]
+    names = ["history", "history_mask", "item", "static"]
     example = _re_ranker_inputs(fitted, 3, 5)
-    _export(model, example, file, names, "score", dynamic=("item", "static", "retrieval_score", "score"))
+    _export(model, example, file, names, "score", dynamic=("item", "static", "score"))
     for count, n in ((0, 7), (5, 1), (deep_model.LENGTH, 100)):
         _prove(model, file, names, _re_ranker_inputs(fitted, count, n))
 
@@ -207,9 +203,8 @@ def _history(table: NDArray[Any], length: int, count: int) -> tuple[Tensor, Tens
 def _re_ranker_inputs(fitted: Fitted, count: int, n: int) -> tuple[Tensor, ...]:
     """A history of `count` items and the last n items of the catalogue as candidates."""
     history, mask = _history(fitted.tables["deep_history"], deep_model.LENGTH, count)
-    user = torch.from_numpy(fitted.tables["embedding"][:1])
     item, static = (torch.from_numpy(fitted.tables[name][-n:]) for name in ("deep_item", "static"))
-    return history, mask, user, item, static, torch.linspace(-3.0, 3.0, n)
+    return history, mask, item, static
 
 
 def _write_users(out_dir: Path, samples: Queries, known: Rows, person_ids: NDArray[np.int64]) -> None:

@@ -97,7 +97,7 @@ def fit(
     torch.use_deterministic_algorithms(True)
     statics = item_statics(line, events, catalogue)
     towers = fit_two_tower(line, events, catalogue.content, seed, show, epochs)
-    deep = fit_deep(line, events, towers, statics["static"], seed, show, epochs)
+    deep = fit_deep(line, events, catalogue.content, statics["static"], seed, show, epochs)
     with torch.no_grad():
         learned = {
             "embedding": towers.embeddings().numpy(),
@@ -158,6 +158,7 @@ def score_queries(fitted: Fitted, queries: Queries, width: int = RETRIEVE, batch
     histories = torch.from_numpy(recent(queries.timeline, queries.events, LENGTH))
     width = min(width, queries.timeline.n_items)
     embeddings = torch.from_numpy(fitted.tables["embedding"])
+    tables = torch.from_numpy(fitted.tables["deep_history"]), torch.from_numpy(fitted.tables["deep_item"])
     parts: list[tuple[torch.Tensor, ...]] = []
     with torch.no_grad():
         for start in range(0, len(queries), batch):
@@ -167,7 +168,7 @@ def score_queries(fitted: Fitted, queries: Queries, width: int = RETRIEVE, batch
             for q in range(len(some)):
                 found[q, torch.from_numpy(queries.seen(start + q))] = -1e8
             found, rows = torch.topk(found, width, dim=1)
-            parts.append((rows, found, score_rows(fitted.deep, some, rows, users, found)))
+            parts.append((rows, found, score_rows(fitted.deep, tables, some, rows)))
     rows, found, logits = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     return Scores(rows, found, logits)
 

@@ -24,8 +24,10 @@ async def call(
     path: str,
     body: bytes | Iterable[bytes] = b"",
     headers: Mapping[str, str] = JSON,
+    *,
+    is_whole: bool = True,
 ) -> Reply:
-    """One request; a body in parts is sent in parts."""
+    """One request; a body in parts is sent in parts. A client whose body is not whole leaves."""
     parts = [body] if isinstance(body, bytes) else list(body)
     path, _, query = path.partition("?")
     scope = {
@@ -49,7 +51,7 @@ async def call(
         at = next(left, None)
         if at is None:
             return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": parts[at], "more_body": at < len(parts) - 1}
+        return {"type": "http.request", "body": parts[at], "more_body": not is_whole or at < len(parts) - 1}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

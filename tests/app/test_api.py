@@ -321,6 +321,15 @@ async def test_a_20_mb_body_is_413(app):
     problem_of(await call(app, "POST", "/v1/rank", [b" " * 65536] * 320), 413)
 
 
+async def test_a_client_that_leaves_in_the_middle_is_no_defect_of_ours(app, service):
+    before = samples(service)
+    await call(app, "POST", "/v1/rank", b'{"k":', is_whole=False)
+    after = samples(service)
+    for outcome, n in (("client_error", 1), ("error", 0)):
+        key = ("winnow_requests_total", ("outcome", outcome))
+        assert after[key] - before[key] == n
+
+
 async def test_a_body_of_the_largest_size_is_read(app):
     body = b"{}" + b" " * (Limits.BODY_BYTES - 2)
     assert (await rank(app, body)).status == 200

@@ -245,6 +245,13 @@ def longer_history(bundle: Path) -> None:
     onnx.save(graph, bundle / "re_ranker.onnx")
 
 
+def longer_mask(bundle: Path) -> None:
+    graph = onnx.load(bundle / "re_ranker.onnx")
+    value = next(i for i in graph.graph.input if i.name == "history_mask")
+    value.type.tensor_type.shape.dim[1].dim_value = world.READ + 1
+    onnx.save(graph, bundle / "re_ranker.onnx")
+
+
 def one_more_input(bundle: Path) -> None:
     graph = onnx.load(bundle / "re_ranker.onnx")
     graph.graph.input.append(onnx.helper.make_tensor_value_info("surprise", onnx.TensorProto.FLOAT, [1, 1]))
@@ -299,7 +306,7 @@ ROWS = np.arange(world.N)
         ("re_ranker.onnx", text("re_ranker.onnx", b"not a graph")),
         ("user_tower.onnx", text("user_tower.onnx", b"")),
         ("re_ranker.onnx: input surprise is not bound", one_more_input),
-        ("re_ranker.onnx: input history wants 6", longer_history),
+        ("re_ranker.onnx: input history is tensor(float) [1, 6", longer_history),
         ("re_ranker.onnx: not a graph", wider_input("item")),
     ],
 )
