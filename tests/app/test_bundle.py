@@ -246,10 +246,11 @@ def longer_history(bundle: Path) -> None:
 
 
 def longer_mask(bundle: Path) -> None:
-    graph = onnx.load(bundle / "re_ranker.onnx")
-    value = next(i for i in graph.graph.input if i.name == "history_mask")
-    value.type.tensor_type.shape.dim[1].dim_value = world.READ + 1
-    onnx.save(graph, bundle / "re_ranker.onnx")
+    graph = onnx.load(bundle / "user_tower.onnx")
+    shapes = {i.name: i.type.tensor_type.shape for i in graph.graph.input}
+    shapes["history"].dim[1].dim_param = "h"  # open, so that only the mask's own size is wrong
+    shapes["mask"].dim[1].dim_value = world.READ + 1
+    onnx.save(graph, bundle / "user_tower.onnx")
 
 
 def one_more_input(bundle: Path) -> None:
@@ -307,6 +308,7 @@ ROWS = np.arange(world.N)
         ("user_tower.onnx", text("user_tower.onnx", b"")),
         ("re_ranker.onnx: input surprise is not bound", one_more_input),
         ("re_ranker.onnx: input history is tensor(float) [1, 6", longer_history),
+        ("user_tower.onnx: input mask is tensor(float) [1, 6", longer_mask),
         ("re_ranker.onnx: not a graph", wider_input("item")),
     ],
 )
