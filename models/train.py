@@ -32,7 +32,7 @@ DAY_S = 86_400
 RECENT_DAYS = (7, 30, 90)
 SUCCESSION_D = 32
 SUCCESSION_WINDOW = 10  # items back that count as "shortly before"
-HEAD_QUERIES_A_PERSON = 8  # of the tuning interval; more changes nothing measurable
+HEAD_QUERIES_A_PERSON = 20  # as the service is measured: people weigh in the calibration as they do there
 Tables = dict[str, NDArray[Any]]
 
 
