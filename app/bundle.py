@@ -183,21 +183,24 @@ class Ids:
 
     def rows(self, wanted: Sequence[int | str]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
-        kind = str if self.is_text else int
-        # numpy drops trailing NULs from text, and has no integers beyond 64 bits.
-        fits = [
-            type(w) is kind and ("\0" not in w if isinstance(w, str) else -(2**63) <= w < 2**63)
-            for w in wanted
-        ]
+        fits = [self._can_hold(w) for w in wanted]
         if not any(fits):
             return np.full(len(wanted), NO_ROW, np.int64)
         blank: int | str = "" if self.is_text else 0
-        keys = np.array([w if fit else blank for w, fit in zip(wanted, fits, strict=True)])
-        if not self.is_text:
-            keys = keys.astype(np.int64)
+        # In the table's own type: a search for another type would first convert all ids.
+        keys = np.array([w if fit else blank for w, fit in zip(wanted, fits, strict=True)], self.ids.dtype)
         at = np.minimum(np.searchsorted(self.ids, keys, sorter=self.order), len(self.ids) - 1)
         rows = np.asarray(self.order[at], np.int64)
         return np.where((self.ids[rows] == keys) & fits, rows, NO_ROW)
+
+    def _can_hold(self, wanted: int | str) -> bool:
+        if isinstance(wanted, str):
+            # numpy drops trailing NULs from text
+            return self.is_text and len(wanted) <= self.ids.dtype.itemsize // 4 and "\0" not in wanted
+        if self.is_text or isinstance(wanted, bool):
+            return False
+        range_ = np.iinfo(self.ids.dtype)
+        return bool(range_.min <= wanted <= range_.max)
 
     def external(self, rows: Rows) -> list[int | str]:
         """The external ids of these rows."""

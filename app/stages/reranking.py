@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.bundle import Generation
+from app.errors import ContractError
 from app.flow import Query, RequestScope, Scored, Scores, Stage, sealed
 from app.workers.scoring import Shard, ShardScorer
 
@@ -74,5 +75,9 @@ class Reranking:
 
 
 def is_scored(answer: "asyncio.Future[Scores]") -> bool:
-    """The shard came back in time and whole."""
-    return answer.done() and not answer.cancelled() and answer.exception() is None
+    """The shard came back in time and whole. Raises ContractError: a defect is no fault to be carried over."""
+    if not answer.done() or answer.cancelled():
+        return False
+    if isinstance(error := answer.exception(), ContractError):
+        raise error
+    return error is None

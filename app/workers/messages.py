@@ -31,7 +31,8 @@ class Kind(IntEnum):
     READY = 1
     SHARD = 2
     SCORES = 3
-    FAILED = 4
+    FAILED = 4  # a fault: the shard is carried
+    BROKEN = 5  # a defect of ours: the request is a 500
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from app.bundle import Generation
-from app.errors import ServerError, StageFailed
+from app.errors import ContractError, ServerError, StageFailed
 from app.flow import Scores
 from app.workers.messages import (
     HEADER,
@@ -116,7 +116,7 @@ class WorkerPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         while self.queue:
-            self._fail(self.queue.popleft(), "the pool was closed", "failed")
+            self._fail(self.queue.popleft(), StageFailed("shard: the pool was closed"), "failed")
 
     # ----------------------------------------------------------------------------------- hand out
 
@@ -129,7 +129,7 @@ class WorkerPool:
             if job.answer.done():
                 self.observe("expired", 0.0)
             elif job.shard.until <= now:
-                self._fail(job, "expired before a worker was free", "expired")
+                self._fail(job, StageFailed("shard: expired before a worker was free"), "expired")
             else:
                 self._send(idle.pop(), job, job.shard.until - now)
 
@@ -139,10 +139,10 @@ class WorkerPool:
         payload = self.record.write(job.shard, remaining_s)
         worker.writer.write(frame(Kind.SHARD, self.own, job.number, payload))
 
-    def _fail(self, job: _Job, why: str, outcome: str) -> None:
+    def _fail(self, job: _Job, why: Exception, outcome: str) -> None:
         self.observe(outcome, 0.0)
         if not job.answer.done():
-            job.answer.set_exception(StageFailed(f"shard: {why}"))
+            job.answer.set_exception(why)
 
     # -------------------------------------------------------------------------------- one worker's life
 
@@ -155,7 +155,7 @@ class WorkerPool:
             finally:
                 worker.is_ready.clear()
                 if worker.job:
-                    self._fail(worker.job, "its worker died", "lost")
+                    self._fail(worker.job, StageFailed("shard: its worker died"), "lost")
                     worker.job = None
             self.on_restart()
             await asyncio.sleep(RESTART_PAUSE_S)
@@ -192,8 +192,10 @@ class WorkerPool:
             self.observe("late" if job.answer.done() else "ok", seconds)
             if not job.answer.done():
                 job.answer.set_result(scores)
+        elif job and answer.kind is Kind.BROKEN:
+            self._fail(job, ContractError(f"in a worker: {payload.decode(errors='replace')}"), "failed")
         elif job:
-            self._fail(job, payload.decode(errors="replace"), "failed")
+            self._fail(job, StageFailed(f"shard: {payload.decode(errors='replace')}"), "failed")
         self._hand_out()
 
     async def _end(self, worker: _Worker) -> None:

@@ -3,7 +3,7 @@
     python -m app.workers.worker SOCKET_FD BUNDLE DIGEST
 
 One thread, one core. It maps the item tables, opens the re-ranker, warms it, says READY and then answers each
-SHARD with SCORES or FAILED. A shard that has expired is not scored. It exits when the parent closes the
+SHARD with SCORES, FAILED or BROKEN. A shard that has expired is not scored. It exits when the parent closes the
 socket or dies.
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def _answer(parts: RerankerParts, record: ShardRecord, job: int, payload: bytes)
         scores = score(parts.session, parts.features.re_ranker, parts.tables, shard)
     except StageFailed as e:
         return frame(Kind.FAILED, own, job, str(e).encode())
+    except Exception:  # a defect must reach the request's log, and must not cost the worker
+        return frame(Kind.BROKEN, own, job, traceback.format_exc().encode())
     return frame(Kind.SCORES, own, job, write_scores(time.monotonic() - started, scores))
 
 

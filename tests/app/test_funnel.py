@@ -420,6 +420,12 @@ async def test_nor_is_one_in_the_stages_thread(funnel, ask, name, monkeypatch):
         await rank_offline(funnel, ask())
 
 
+async def test_nor_is_one_in_a_worker(funnel, ask):
+    funnel.reranking.scorer = Workers(2, lambda *_: ContractError("in a worker: TypeError"))
+    with pytest.raises(ContractError, match="in a worker"):
+        await rank_offline(funnel, ask())
+
+
 @pytest.mark.parametrize("name", ["retrieval", "preranking", "reranking"])
 async def test_cancelling_a_request_is_not_swallowed(funnel, ask, name):
     fail(getattr(funnel, name), asyncio.CancelledError())

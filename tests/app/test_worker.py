@@ -96,3 +96,19 @@ def test_a_child_ends_without_a_trace_when_its_parent_is_gone(bundle, generation
     ours, theirs = socket.socketpair()
     ours.close()
     worker.main(str(theirs.detach()), str(bundle), generation.digest)  # READY finds nobody
+
+
+def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(
+    child, generation, funnel, monkeypatch
+):
+    def score(*_: object) -> None:
+        raise TypeError("planted")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(worker, "score", score)
+        send_shard(child, generation, funnel)
+        header, payload = receive(child)
+    assert header.kind is Kind.BROKEN
+    assert b"TypeError: planted" in payload
+    send_shard(child, generation, funnel)
+    assert receive(child)[0].kind is Kind.SCORES
