@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from models.metrics import MISSED, Estimate
 from models.split import Queries, Timeline, before, cuts, leave_one_out, rolling, timeline
 
 if TYPE_CHECKING:
-    from models.train import Head  # torch takes seconds to import
+    from models.train import Fitted, Head  # torch takes seconds to import
 
 TIE_SEEDS, MODEL_SEEDS = 5, 3
 DEPTH = 100  # of the rankings that are compared: what re-ranking sees
@@ -79,25 +80,76 @@ class FunnelRanks:
 # ------------------------------------------------------------------------------- fitting and asking
 
 
-def make_bundle(
-    line: Timeline, events: Ranks, head: "Head", tuning: Queries, catalogue: Catalogue, seed: int, out: Path
-) -> Path:
-    """Fit on `events`, export with this head, and pack; `tuning` gives the sample requests."""
+def make_bundle(fitted: "Fitted", head: "Head", about: "About", out: Path) -> Path:
+    """Export the models with this head, and pack."""
     from models.export import write_folder
     from models.pack import pack
-    from models.train import fit
 
-    fitted = fit(line, events, catalogue, seed, _quiet)
-    write_folder(out / "artefacts", fitted, head, catalogue, tuning, events, np.unique(line.person))
+    people = np.unique(about.line.person)
+    write_folder(out / "artefacts", fitted, head, about.catalogue, about.tuning, about.fit_events, people)
     pack(out / "artefacts" / "pack.toml", out / "bundle", say=_quiet)
     return out / "bundle"
 
 
-def make_head(line: Timeline, events: Ranks, tuning: Queries, catalogue: Catalogue) -> "Head":
-    """The linear stage and the calibration, fitted on `tuning` with models that know only `events`."""
+def make_head(about: "About") -> "Head":
+    """The linear stage and the calibration, fitted on the tuning queries with models that don't know them."""
     from models.train import fit, fit_head
 
-    return fit_head(fit(line, events, catalogue, 0, _quiet), tuning, _quiet)
+    fitted = fit(about.line, about.head_events, about.catalogue, 0, _quiet)
+    return fit_head(fitted, about.tuning, _quiet)
+
+
+def make_models(about: "About", seed: int) -> "Fitted":
+    """The towers and the re-ranker that are measured."""
+    from models.train import fit
+
+    return fit(about.line, about.fit_events, about.catalogue, seed, _quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """A protocol on one time line: what is fitted on, what tunes the head, and what is asked."""
+
+    line: Timeline
+    catalogue: Catalogue
+    fit_events: Ranks
+    head_events: Ranks
+    tuning: Queries
+    queries: Queries
+
+
+def rolling_next_event(data: Path) -> About:
+    """Fit on 80 % of the time line, head on 60 to 80 % by models of the first 60 %, ask in the last 20 %."""
+    from models.train import HEAD_QUERIES_A_PERSON
+
+    line, catalogue = time_line(data, ties=0)
+    tune_from, test_from = cuts(line.time)
+    return About(
+        line,
+        catalogue,
+        fit_events=before(line, test_from),
+        head_events=before(line, tune_from),
+        tuning=rolling(line, tune_from, test_from, 0, HEAD_QUERIES_A_PERSON),
+        queries=rolling(line, test_from, int(line.time.max()) + 1, seed=0),
+    )
+
+
+def last_event(data: Path, ties: int) -> About:
+    """Fit without the last event of each person, head on the second-last by models without either."""
+    line, catalogue = time_line(data, ties)
+    fit_events, queries = leave_one_out(line)
+    head_events, tuning = leave_one_out(line, back=2)
+    return About(line, catalogue, fit_events, head_events, tuning, queries)
+
+
+def time_line(data: Path, ties: int) -> tuple[Timeline, Catalogue]:
+    """The ratings in time, with this shuffling of ties. One thread a process: the same figures every time."""
+    import torch
+
+    torch.set_num_threads(1)
+    ratings = movielens.load(data)
+    catalogue = clean(ratings)
+    return timeline(ratings.person, ratings.item, ratings.time, len(catalogue), ties), catalogue
 
 
 def run_funnel(bundle: Path, queries: Queries) -> FunnelRanks:
@@ -149,20 +201,31 @@ def _quiet(_: str) -> None:
 # ------------------------------------------------------------------------------ rolling next event
 
 
-def rolling_protocol(line: Timeline, catalogue: Catalogue, folder: Path, table: Table) -> None:
-    """The online service's protocol, with what survives and the calibration."""
-    from models.train import HEAD_QUERIES_A_PERSON
+def rolling_head(data: Path) -> "Head":
+    """In a process of its own."""
+    return make_head(rolling_next_event(data))
 
-    tune_from, test_from = cuts(line.time)
-    fit_events = before(line, test_from)
-    queries = rolling(line, test_from, int(line.time.max()) + 1, seed=0)
-    tuning = rolling(line, tune_from, test_from, 0, HEAD_QUERIES_A_PERSON)
+
+def rolling_models(data: Path) -> "Fitted":
+    """In a process of its own."""
+    return make_models(rolling_next_event(data), seed=0)
+
+
+def rolling_protocol(data: Path, pool: Pool, table: Table) -> None:
+    """The online service's protocol, with what survives and the calibration."""
+    about = rolling_next_event(data)
+    queries = about.queries
     _say(f"rolling: {len(queries)} queries of {len(np.unique(queries.person))} people; fitting")
-    head = make_head(line, before(line, tune_from), tuning, catalogue)
-    bundle = make_bundle(line, fit_events, head, tuning, catalogue, 0, folder)
-    _say("rolling: asking the funnel and the baselines")
-    asked = run_funnel(bundle, queries)
-    has = baselines.interactions(line.person[fit_events], line.item[fit_events], line.n_items)
+    head, models = pool.apply_async(rolling_head, (data,)), pool.apply_async(rolling_models, (data,))
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = make_bundle(models.get(), head.get(), about, Path(folder))
+        _say("rolling: asking the funnel and the baselines")
+        asked = run_funnel(bundle, queries)
+        add_survival(table, bundle, queries)
+    add_calibration(table, queries.person, asked)
+    has = baselines.interactions(
+        about.line.person[about.fit_events], about.line.item[about.fit_events], about.line.n_items
+    )
     scorers: dict[str, baselines.Scorer] = {
         "popularity": baselines.fit_popularity(has),
         "ItemKNN": baselines.fit_item_knn(has),
@@ -175,8 +238,6 @@ def rolling_protocol(line: Timeline, catalogue: Catalogue, folder: Path, table: 
     for name in ("EASE", "ItemKNN", "linear alone"):
         gain = metrics.over_people(queries.person, metrics.ndcg(asked.funnel) - metrics.ndcg(ranks[name]))
         table.add(f"rolling: NDCG@10, funnel - {name}", gain, "interval above 0", gain.low > 0)
-    add_survival(table, bundle, queries)
-    add_calibration(table, queries.person, asked)
 
 
 def add_ranks(table: Table, protocol: str, person: Ranks, ranks: dict[str, Ranks]) -> None:
@@ -219,32 +280,19 @@ class LeftOut:
     ranks: dict[str, Ranks]
 
 
-def time_line(data: Path, ties: int) -> tuple[Timeline, Catalogue]:
-    """The ratings on the time line, this shuffling of ties; for a process of its own, on one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    ratings = movielens.load(data)
-    catalogue = clean(ratings)
-    return timeline(ratings.person, ratings.item, ratings.time, len(catalogue), ties), catalogue
-
-
 def head_of(job: tuple[Path, int]) -> "Head":
-    """What is tuned on the second-last events of one shuffling, by models that know neither of the last two."""
-    line, catalogue = time_line(*job)
-    return make_head(line, *leave_one_out(line, back=2), catalogue)
+    """The head of one shuffling; in a process of its own."""
+    return make_head(last_event(*job))
 
 
 def leave_out(job: tuple[Path, int, int, "Head"]) -> LeftOut:
-    """One shuffling of ties and one model seed: fitted without the last events, asked for them."""
+    """One shuffling of ties and one model seed; in a process of its own."""
     data, ties, seed, head = job
-    line, catalogue = time_line(data, ties)
-    events, queries = leave_one_out(line)
-    _, tuning = leave_one_out(line, back=2)
+    about = last_event(data, ties)
+    line, queries = about.line, about.queries
     with tempfile.TemporaryDirectory() as folder:
-        bundle = make_bundle(line, events, head, tuning, catalogue, seed, Path(folder))
-        asked = run_funnel(bundle, queries)
-    has = baselines.interactions(line.person[events], line.item[events], line.n_items)
+        asked = run_funnel(make_bundle(make_models(about, seed), head, about, Path(folder)), queries)
+    has = baselines.interactions(line.person[about.fit_events], line.item[about.fit_events], line.n_items)
     ranks = {
         "popularity": baseline_ranks(baselines.fit_popularity(has), queries),
         "EASE": baseline_ranks(baselines.fit_ease(has), queries),
@@ -256,18 +304,17 @@ def leave_out(job: tuple[Path, int, int, "Head"]) -> LeftOut:
     return LeftOut(queries.person, ranks)
 
 
-def leave_one_out_protocol(data: Path, n_ties: int, n_seeds: int, table: Table) -> None:
+def leave_one_out_protocol(data: Path, n_ties: int, n_seeds: int, pool: Pool, table: Table) -> None:
     """One head a shuffling, then all fits, as many at a time as there are cores."""
     started, done = time.monotonic(), []
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        _say(f"leave one out: {n_ties} heads, then {n_ties * n_seeds} fits")
-        heads = pool.map(head_of, [(data, ties) for ties in range(n_ties)], chunksize=1)
-        jobs = [(data, ties, seed, heads[ties]) for ties in range(n_ties) for seed in range(n_seeds)]
-        for result in pool.imap(leave_out, jobs):
-            done.append(result)
-            hits = metrics.hit(result.ranks["funnel"]).mean()
-            minutes = (time.monotonic() - started) / 60
-            _say(f"leave one out: fit {len(done)} of {len(jobs)}, HR@10 {hits:.4f}, {minutes:.1f} min")
+    _say(f"leave one out: {n_ties} heads, then {n_ties * n_seeds} fits")
+    heads = pool.map(head_of, [(data, ties) for ties in range(n_ties)], chunksize=1)
+    jobs = [(data, ties, seed, heads[ties]) for ties in range(n_ties) for seed in range(n_seeds)]
+    for result in pool.imap(leave_out, jobs):
+        done.append(result)
+        hits = metrics.hit(result.ranks["funnel"]).mean()
+        minutes = (time.monotonic() - started) / 60
+        _say(f"leave one out: fit {len(done)} of {len(jobs)}, HR@10 {hits:.4f}, {minutes:.1f} min")
     person = done[0].person
     for name in done[0].ranks:
         for figure, measure in (("HR@10", metrics.hit), ("NDCG@10", metrics.ndcg)):
@@ -303,12 +350,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=MODEL_SEEDS, help="model seeds for each")
     parsed = parser.parse_args()
     movielens.fetch(parsed.data)
-    ratings = movielens.load(parsed.data)
-    catalogue, table = clean(ratings), Table()
-    line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), seed=0)
-    with tempfile.TemporaryDirectory() as folder:
-        rolling_protocol(line, catalogue, Path(folder), table)
-    leave_one_out_protocol(parsed.data, parsed.ties, parsed.seeds, table)
+    table = Table()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        rolling_protocol(parsed.data, pool, table)
+        leave_one_out_protocol(parsed.data, parsed.ties, parsed.seeds, pool, table)
     return 0 if table.print() else 1
 
 
