@@ -3,13 +3,15 @@
     logit(c) = e_c · g(history)                       a long view: 200 items, through the history encoder
              + o_c · attention(c over the history)    DIN: what of the last 50 items matters for c, and how late
              + MLP(attention, o_c, g, static features of c)
+             - level(g)                               the same for all of a request's candidates
 
 Every row is scored by itself, whatever else is in the batch. Fitted in two passes: the long view by softmax
 over all items, then the rest on top of it, with the long view and the tables fixed, by softmax over the target
 and 63 hard negatives. (All of it free again in the second pass, or the retrieval score and the user embedding
 as inputs, costs .002 to .006 of NDCG@10 on the tuning interval: both fit the fitted events too well.)
-The first pass holds log-sum-exp near zero, so that a logit means log P(next) and is comparable between
-requests; `calibration` turns it into P(later).
+The level learns log sum exp over all items, so that a logit means log P(next), comparable between requests and
+between fits (without it, a calibration doesn't carry over from one fit to the next); the ranking doesn't
+depend on it. `calibration` turns the logit into P(later).
 
 Source: G. Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018; attention here is
 a scaled product with a learned weight of age, and a null item, so that nothing has to be attended to.
@@ -33,7 +35,7 @@ ATTENDED = 50  # of them, the most recent that candidates attend to
 DROPOUT = 0.4
 NEGATIVES = 63
 HARDNESS = 0.7  # negatives are drawn without replacement in proportion to exp(0.7 * the long view's logit)
-SELF_NORMALISE = 0.02  # weight of (log sum exp)^2
+NORMALISE = 0.1  # weight of (log sum exp over all items)^2, in units of the loss
 LONG_VIEW = Schedule(epochs=5, batch=512, rate=3e-3, weight_decay=0.02)
 WHOLE = Schedule(epochs=1, batch=64, rate=3e-3)
 WHOLE_ROWS = 16_000  # events of the second pass, drawn from all
@@ -68,6 +70,7 @@ class Deep(nn.Module):
             nn.Linear(96, 48), nn.ReLU(), nn.Linear(48, 1),
         )  # fmt: skip
         nn.init.zeros_(self.mlp[-1].weight)
+        self.level = nn.Sequential(nn.Linear(D, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def history_vectors(self) -> Tensor:
         """[N, d]: the item table "deep_history"."""
@@ -90,7 +93,7 @@ class Deep(nn.Module):
         wide = torch.cat([pooled, output, matched, who, static], dim=2)
         by_head = matched.view(batch, n, HEADS, D_HEAD).sum(3)
         long = torch.matmul(item, g[:, :, None]).squeeze(2)
-        return long + torch.matmul(by_head, self.match) + self.mlp(wide).squeeze(2)
+        return long + torch.matmul(by_head, self.match) + self.mlp(wide).squeeze(2) - self.level(g)
 
     def attend(self, history: Tensor, mask: Tensor, item: Tensor) -> Tensor:
         """[B, C, heads * d_head]: for each candidate the attended history; the null item has weight 1."""
@@ -135,7 +138,7 @@ def _fit_long_view(
         logits = logits.masked_fill(owned[:, :-1], MASKED)
         log_z = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, targets[rows][:, None]).squeeze(1)
-        return (log_z - chosen + SELF_NORMALISE * log_z**2).mean()
+        return (log_z - chosen).mean()
 
     schedule = LONG_VIEW if epochs is None else Schedule(epochs, LONG_VIEW.batch, LONG_VIEW.rate)
     descend("re-ranker, long", list(model.parameters()), schedule, len(events), loss_of, seed, show)
@@ -150,6 +153,8 @@ def _fit_whole(model: Deep, line: Timeline, events: Rows, seed: int, show: Show)
     targets = torch.from_numpy(line.item[events])
     with torch.no_grad():
         tables = model.history_vectors(), model.item_vectors()
+        some = model.long_view.from_table(tables[0], histories[:512]) @ tables[1].T
+        model.level[-1].bias += torch.logsumexp(some, dim=1).mean()
 
     def loss_of(rows: Tensor) -> Tensor:
         some = histories[rows]
@@ -158,9 +163,13 @@ def _fit_whole(model: Deep, line: Timeline, events: Rows, seed: int, show: Show)
             seen = torch.from_numpy(seen_matrix(line, events[rows.numpy()])) > 0
             candidates = hard_negatives(first, seen, targets[rows], noise)
         logits = score_rows(model, tables, some, candidates)
+        log_z = torch.logsumexp(first.masked_fill(seen, MASKED), dim=1)
         # Undo what drawing by exp(HARDNESS * first) makes more likely, as log Q does for batches.
-        corrected = logits - HARDNESS * first.gather(1, candidates)
-        return F.cross_entropy(corrected, torch.zeros(len(rows), dtype=torch.long))
+        first = first.gather(1, candidates)
+        corrected = logits - HARDNESS * first
+        drift = torch.logsumexp(corrected, dim=1) - torch.logsumexp((1.0 - HARDNESS) * first, dim=1)
+        chosen = F.cross_entropy(corrected, torch.zeros(len(rows), dtype=torch.long))
+        return chosen + NORMALISE * ((log_z + drift) ** 2).mean()
 
     descend("re-ranker, whole", parameters, WHOLE, len(events), loss_of, seed, show)
 
