@@ -8,9 +8,12 @@ seen; the second fit has the same scale and takes its place. Nothing here looks 
 The same seed gives the same folder. What is written, and for whom, is in export.py.
 """
 
+import multiprocessing
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,11 @@ class Scores:
     logits: NDArray[np.float32]
 
 
+def print_now(text: str) -> None:
+    """Print without waiting for the line's turn, also when the output is a pipe."""
+    print(text, flush=True)
+
+
 def train(
     data_dir: Path,
     out_dir: Path,
@@ -69,9 +77,13 @@ def train(
     seed: int = 0,
     people: int | None = None,
     epochs: int | None = None,
-    show: Show = print,
+    show: Show = print_now,
 ) -> Path:
-    """Fetch, fit and write the demo's models. `people` and `epochs` make it small for trials."""
+    """Fetch, fit and write the demo's models. `people` and `epochs` make it small for trials.
+
+    The two fits run at the same time, in processes of their own; `show` is called in them, so it has to be a
+    function of a module. Expect 100 s on 2 cores.
+    """
     from models.export import write_folder  # it imports what is defined here
 
     started = time.monotonic()
@@ -81,10 +93,12 @@ def train(
     line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), seed)
     tune_from, test_from = cuts(line.time)
     show(f"{len(line)} ratings, {len(catalogue)} films; fit 60 %, tune 20 %, the last 20 % untouched")
-    first = fit(line, before(line, tune_from), catalogue, seed, show, epochs)
+    jobs = [(line, before(line, cut), catalogue, seed, show, epochs) for cut in (tune_from, test_from)]
+    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+        first, final = pool.map(fit_alone, jobs)
+    torch.set_num_threads(1)
     tuning = rolling(line, tune_from, test_from, seed, HEAD_QUERIES_A_PERSON)
     head = fit_head(first, tuning, show)
-    final = fit(line, before(line, test_from), catalogue, seed, show, epochs)
     write_folder(out_dir, final, head, catalogue, tuning, before(line, test_from), ratings.person_ids)
     show(f"trained in {time.monotonic() - started:.0f} s: {out_dir}")
     return out_dir
@@ -106,6 +120,22 @@ def fit(
             "deep_history": deep.history_vectors().numpy(),
         }
     return Fitted(towers, deep, statics | learned)
+
+
+def fit_alone(job: tuple[Timeline, Rows, Catalogue, int, Show, int | None]) -> Fitted:
+    """`fit` in a process of its own, on one thread.
+
+    Two processes of one thread keep two cores busy; one of two threads waits at every step for the slower
+    of them, and on a machine with other work took twenty times as long.
+    """
+    torch.set_num_threads(1)
+    line, events, catalogue, seed, show, epochs = job
+    share = f"{len(events) / len(line):.0%}"
+    return fit(line, events, catalogue, seed, partial(_say_whose, show, share), epochs)
+
+
+def _say_whose(show: Show, share: str, text: str) -> None:
+    show(f"[{share}] {text}")
 
 
 def item_statics(line: Timeline, events: Rows, catalogue: Catalogue) -> Tables:
