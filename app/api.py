@@ -286,7 +286,8 @@ def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(schemas["$defs"])
-    if service.serving and service.serving.generation.manifest.golden:
+    # Golden requests come from somebody's log: not for readers without a key.
+    if service.serving and service.serving.generation.manifest.golden and not service.keys.are_required:
         example = service.serving.generation.manifest.golden[0].request
         content = document["paths"]["/v1/rank"]["post"]["requestBody"]["content"]
         content["application/json"]["example"] = example

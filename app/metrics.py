@@ -5,6 +5,7 @@ that hasn't happened yet is 0 and not absent. The event loop's process owns the 
 their timings in their replies.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -113,6 +114,8 @@ class Metrics:
             self.degradations.labels(d.stage.label, d.reason).inc()
         head = zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False)
         for scored_by, score in head:
+            if not math.isfinite(score):
+                continue  # one NaN would make the histogram's sum NaN for good
             self.score.labels(STAGES[scored_by], NO_ARM).observe(score)
 
     def shard(self, outcome: str, seconds: float) -> None:

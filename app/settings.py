@@ -65,10 +65,11 @@ class Settings:
                 raise SettingsError(f"WINNOW_{f.name.upper()}={value}: allowed is {low:g} to {high:g}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is debug, info, warning, error")
-        if not self.api_keys_file and not is_loopback(self.host):
-            raise SettingsError(
-                f"WINNOW_HOST={self.host}: without WINNOW_API_KEYS_FILE only a loopback address is allowed"
-            )
+        for name, host in (("HOST", self.host), ("ADMIN_HOST", self.admin_host)):
+            if not self.api_keys_file and not is_loopback(host):
+                raise SettingsError(
+                    f"WINNOW_{name}={host}: without WINNOW_API_KEYS_FILE only a loopback address is allowed"
+                )
 
 
 def is_loopback(host: str) -> bool:

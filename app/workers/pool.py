@@ -100,6 +100,9 @@ class WorkerPool:
         except TimeoutError as e:
             await self.close()
             raise ServerError(f"workers were not ready within {READY_S:g} s") from e
+        except asyncio.CancelledError:
+            await self.close()
+            raise
 
     def submit(self, shard: Shard) -> "asyncio.Future[Scores]":
         """The shard's scores, f32[n], to come. Cancel the future when nobody waits any more."""
@@ -124,7 +127,7 @@ class WorkerPool:
         """Give waiting shards to idle workers, oldest first; what nobody waits for is dropped."""
         now = time.monotonic()
         idle = [w for w in self.workers if w.is_ready.is_set() and w.job is None]
-        while self.queue and idle:
+        while self.queue and (idle or self.queue[0].answer.done()):  # who gave up leaves the queue
             job = self.queue.popleft()
             if job.answer.done():
                 self.observe("expired", 0.0)
@@ -135,8 +138,8 @@ class WorkerPool:
 
     def _send(self, worker: _Worker, job: _Job, remaining_s: float) -> None:
         assert worker.writer is not None  # it is ready  # noqa: S101
-        worker.job = job
         payload = self.record.write(job.shard, remaining_s)
+        worker.job = job
         worker.writer.write(frame(Kind.SHARD, self.own, job.number, payload))
 
     def _fail(self, job: _Job, why: Exception, outcome: str) -> None:
@@ -150,15 +153,17 @@ class WorkerPool:
         while True:
             try:
                 await self._live(worker)
-            except (OSError, ValueError, asyncio.IncompleteReadError) as e:
-                log.warning("worker %d ended: %s", worker.number, e)
-            finally:
-                worker.is_ready.clear()
-                if worker.job:
-                    self._fail(worker.job, StageFailed("shard: its worker died"), "lost")
-                    worker.job = None
+            except Exception as e:  # whatever it was, the worker must come back
+                log.warning("worker %d ended: %s", worker.number, e or type(e).__name__)
             self.on_restart()
             await asyncio.sleep(RESTART_PAUSE_S)
+
+    def _give_up(self, worker: _Worker) -> None:
+        """No more shards for it; what it held fails. Before anything is awaited: its socket is closing."""
+        worker.is_ready.clear()
+        if worker.job:
+            self._fail(worker.job, StageFailed("shard: its worker died"), "lost")
+            worker.job = None
 
     async def _live(self, worker: _Worker) -> None:
         """Spawn the process, then read its answers until the stream ends."""
@@ -179,6 +184,7 @@ class WorkerPool:
                 answer = read_header(await reader.readexactly(HEADER.size))
                 self._receive(worker, answer, await reader.readexactly(answer.length))
         finally:
+            self._give_up(worker)
             await self._end(worker)
 
     def _receive(self, worker: _Worker, answer: Frame, payload: bytes) -> None:

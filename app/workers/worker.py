@@ -54,10 +54,10 @@ def serve(connection: socket.socket, parts: RerankerParts) -> None:
 
 def _answer(parts: RerankerParts, record: ShardRecord, job: int, payload: bytes) -> bytes:
     own, started = generation_number(parts.digest), time.monotonic()
-    shard = record.read(payload, started)
-    if shard.until <= started:
-        return frame(Kind.FAILED, own, job, b"expired before it was started")
     try:
+        shard = record.read(payload, started)
+        if shard.until <= started:
+            return frame(Kind.FAILED, own, job, b"expired before it was started")
         scores = score(parts.session, parts.features.re_ranker, parts.tables, shard)
     except StageFailed as e:
         return frame(Kind.FAILED, own, job, str(e).encode())
