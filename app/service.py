@@ -56,6 +56,8 @@ class Service:
         self.metrics.watch(self.worker_pids, self.generations)
         self.gate = Gate(settings.max_inflight, self.metrics)
         self.threads = ThreadPoolExecutor(settings.threads, "stage")
+        # Its own thread: behind four slow searches a look-up of microseconds would be late.
+        self.lookups = ThreadPoolExecutor(1, "users")
         self.serving: Serving | None = None
 
     # ----------------------------------------------------------------------------------------- life
@@ -64,7 +66,7 @@ class Service:
         """Everything until the first request may run. Raises BundleError, ServerError."""
         started = time.monotonic()
         generation = await asyncio.to_thread(load, self.settings.bundle)
-        await prove(generation)
+        await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         pool = WorkerPool(
             generation,
             self.settings.workers,
@@ -87,6 +89,7 @@ class Service:
         if self.serving:
             await self.serving.pool.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
+        self.lookups.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_ready(self) -> bool:
@@ -104,7 +107,7 @@ class Service:
             deadline = wire.deadline(request, received_at, self.settings.sla_ms / 1e3)
             started = time.monotonic()
             limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
-            known = await users.resolve(wire.asked(request), serving.generation, self.threads, limit_s)
+            known = await users.resolve(wire.asked(request), serving.generation, self.lookups, limit_s)
             users_s = time.monotonic() - started
             query = wire.to_query(request, request_id, serving.generation, known)
             ranking = await serving.funnel.rank(query, deadline)
