@@ -29,7 +29,8 @@ class Calibration(nn.Module):
         self.level = nn.Parameter(torch.tensor([-3.0, 0.0, 0.0]))
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return torch.sigmoid(self.log_odds(logits, mask.sum()))
+        # sigmoid, written so that small probabilities keep their digits: onnxruntime's own errs by 6e-8.
+        return torch.exp(-F.softplus(-self.log_odds(logits, mask.sum())))
 
     def log_odds(self, logits: Tensor, count: Tensor) -> Tensor:
         """Log odds [n]; count: items of the history, [] or [n]."""
