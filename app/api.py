@@ -195,12 +195,7 @@ def _took_ms(answered: Answered, total_s: float) -> dict[str, float]:
 
 
 def _log(
-    request: Request,
-    request_id: str,
-    outcome: str,
-    status: int,
-    seconds: float,
-    answered: Answered | None,
+    request: Request, request_id: str, outcome: str, status: int, seconds: float, answered: Answered | None
 ) -> None:
     """One line a request."""
     fields: dict[str, Any] = {
@@ -277,9 +272,7 @@ def _content(schema: str, media_type: str = "application/json") -> dict[str, Any
 
 def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     """The document, with the wire schemas and an example that the served bundle answers."""
-    document = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
-    )
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, schemas = models_json_schema(
         [(wire.RankRequest, "validation"), (wire.RankResponse, "serialization"), (Problem, "serialization")],
         ref_template="#/components/schemas/{model}",

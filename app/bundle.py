@@ -82,9 +82,7 @@ class Retriever(Strict):
     def _has_its_parameters(self) -> "Retriever":
         needed = set(INDEX_KINDS[self.kind][1])
         if set(self.search) != needed or any(value < 1 for value in self.search.values()):
-            raise ValueError(
-                f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more"
-            )
+            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more")
         return self
 
 
@@ -257,9 +255,7 @@ class Generation:
     @cached_property
     def filterable(self) -> tuple[str, ...]:
         """Item tables that a filter may name: numbers or categories, one or a few a row."""
-        return tuple(
-            n for n, t in self.tables.items() if n != "embedding" and t.dtype.kind in "iuf" and t.ndim <= 2
-        )
+        return tuple(n for n, t in self.tables.items() if n != "embedding" and t.dtype.kind in "iuf" and t.ndim <= 2)
 
 
 def run_model(session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -507,9 +503,7 @@ def _check_users(users: Users, n: int, features: FeatureSchema) -> None:
         if spec and math.prod(table.shape[1:]) != math.prod(spec.shape):
             raise BundleError(f"users/{name}.npy: is {table.shape}, the schema reads {spec.shape} a user")
     history, n_users = users.history, len(users.ids)
-    if history is not None and (
-        history.ndim != 2 or len(history) != n_users or not _are_rows(history, n, NO_ROW)
-    ):
+    if history is not None and (history.ndim != 2 or len(history) != n_users or not _are_rows(history, n, NO_ROW)):
         raise BundleError(f"users/history.npy: must hold item rows (-1 pads) for {n_users} users")
 
 
@@ -536,27 +530,21 @@ def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:
         return False
     if kind == "item":
         return (
-            int(column) < table.shape[1]
-            if column.isdecimal() and table.ndim == 2
-            else table.ndim == 1 > len(column)
+            int(column) < table.shape[1] if column.isdecimal() and table.ndim == 2 else table.ndim == 1 > len(column)
         )
     if kind == "history_overlap":
         return table.dtype.kind in "iu"
     return table.ndim == (1 if kind == "history_gap" else 2)
 
 
-def _check_graph(
-    g: Generation, session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...]
-) -> None:
+def _check_graph(g: Generation, session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...]) -> None:
     """Every input of the graph is bound once, and what is bound has the graph's type and shape."""
     graph = {i.name: i for i in session.get_inputs()}
     bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
     for name in sorted({name for name in bound if bound.count(name) > 1}):
         raise BundleError(f"{file}: input {name} is bound more than once")
     for name in sorted(set(graph) ^ set(bound)):
-        raise BundleError(
-            f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}"
-        )
+        raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}")
     for i in inputs:
         _check_input(graph[i.name], *_bound_shape(g, i, file), file)
         if i.mask:

@@ -143,10 +143,7 @@ class Candidates:
     def take(self, at: NDArray[np.intp]) -> Candidates:
         """The candidates at these positions, in this order."""
         return Candidates(
-            sealed(self.rows[at]),
-            sealed(self.retrieval_scores[at]),
-            sealed(self.origins[at]),
-            self.user_embedding,
+            sealed(self.rows[at]), sealed(self.retrieval_scores[at]), sealed(self.origins[at]), self.user_embedding
         )
 
 
@@ -174,9 +171,7 @@ class Scored:
     def top(self, m: int) -> Scored:
         """The m best, best first; all of them in order when there are no more than m."""
         at = best_first(self.scores, self.candidates.rows)[:m]
-        return Scored(
-            self.candidates.take(at), sealed(self.scores[at]), self.stage, sealed(self.scored_by[at])
-        )
+        return Scored(self.candidates.take(at), sealed(self.scores[at]), self.stage, sealed(self.scored_by[at]))
 
 
 @dataclass(frozen=True, slots=True)

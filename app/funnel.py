@@ -19,18 +19,7 @@ from app.bundle import Generation
 from app.control.deadline import Deadline
 from app.control.degradation import REASONS, USER_LATE, degradation
 from app.errors import ContractError, DeadlineMissed, StageFailed
-from app.flow import (
-    Candidates,
-    Fate,
-    Outcome,
-    Query,
-    Ranking,
-    RequestScope,
-    Scored,
-    Stage,
-    StageReport,
-    best_first,
-)
+from app.flow import Candidates, Fate, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport, best_first
 from app.stages.preranking import Preranking
 from app.stages.reranking import Reranking
 from app.stages.retrieval import Retrieval
@@ -92,9 +81,7 @@ class Funnel:
             degradations=[USER_LATE] if query.person.is_late else [],
         )
 
-    async def run(
-        self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given
-    ) -> Output:
+    async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
         """One stage within its budget: its output, or what takes its place; checked and reported."""
         started = time.monotonic()
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
@@ -154,9 +141,7 @@ def _outcome(stage: Stage, wanted: int, done: int, *, is_late: bool) -> Outcome:
     return Outcome.LATE if is_late else Outcome.FAILED
 
 
-def _fates(
-    watched: tuple[int, ...], output: Candidates | Scored, shown: list[int] | None = None
-) -> tuple[Fate, ...]:
+def _fates(watched: tuple[int, ...], output: Candidates | Scored, shown: list[int] | None = None) -> tuple[Fate, ...]:
     """What became of each watched row in this output; `shown` is the order that was chosen, if one was."""
     if not watched:
         return ()
@@ -206,9 +191,7 @@ def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows = ranking.rows
     if len(rows) != min(query.k, len(fine)) or len(np.unique(rows)) != len(rows):
         raise ContractError(f"selection: {len(rows)} items of {len(fine)} candidates for k = {query.k}")
-    if {c.shape for c in (ranking.scores, ranking.values, ranking.stages, ranking.propensities)} != {
-        rows.shape
-    }:
+    if {c.shape for c in (ranking.scores, ranking.values, ranking.stages, ranking.propensities)} != {rows.shape}:
         raise ContractError("selection: columns of different lengths")
     if not np.isin(rows, fine.candidates.rows).all():
         raise ContractError("selection: an item that was no candidate")

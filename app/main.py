@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 def create_app(service: Service) -> FastAPI:
     """The ranking port's application."""
     app = FastAPI(
-        title="Winnow",
-        version=version("winnow"),
-        description="Funnel ranking inside a latency SLA.",
-        redoc_url=None,
+        title="Winnow", version=version("winnow"), description="Funnel ranking inside a latency SLA.", redoc_url=None
     )
     app.include_router(api.routes(service))
     app.add_exception_handler(HTTPException, api.not_found)
@@ -106,9 +103,7 @@ async def serve(settings: Settings) -> int:
 async def _start(service: Service, settings: Settings, stop: asyncio.Event) -> None:
     """Start the service; a stop signal meanwhile ends the start."""
     if not service.keys.are_required:
-        logger.warning(
-            "no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host
-        )
+        logger.warning("no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host)
     logger.info("loading %s; ports %d and %d answer 503", settings.bundle, settings.port, settings.admin_port)
     starting, stopping = asyncio.create_task(service.start()), asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -125,9 +125,7 @@ class Metrics:
             self.shard_seconds.observe(seconds)
 
     def watch(
-        self,
-        pids: Callable[[], Mapping[int, int]],
-        generations: Callable[[], Iterable[tuple[str, str, float]]],
+        self, pids: Callable[[], Mapping[int, int]], generations: Callable[[], Iterable[tuple[str, str, float]]]
     ) -> None:
         """Read at every scrape: worker processes by number; (role, digest, loaded at) of generations."""
         self.registry.register(_AtScrape(pids, generations))
@@ -141,9 +139,7 @@ class _AtScrape:
     """Values that are cheaper to read when asked than to keep."""
 
     def __init__(
-        self,
-        pids: Callable[[], Mapping[int, int]],
-        generations: Callable[[], Iterable[tuple[str, str, float]]],
+        self, pids: Callable[[], Mapping[int, int]], generations: Callable[[], Iterable[tuple[str, str, float]]]
     ) -> None:
         self.pids, self.generations = pids, generations
 

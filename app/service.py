@@ -68,10 +68,7 @@ class Service:
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         pool = WorkerPool(
-            generation,
-            self.settings.workers,
-            observe=self.metrics.shard,
-            on_restart=self.metrics.restarts.inc,
+            generation, self.settings.workers, observe=self.metrics.shard, on_restart=self.metrics.restarts.inc
         )
         await pool.start()
         reserve_s = self.settings.reply_reserve_ms / 1e3

@@ -47,9 +47,7 @@ class Settings:
     admin_host: str = tunable("127.0.0.1", "address of the admin port: metrics, generations")
     admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
     workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
-    threads: int = tunable(
-        4, "threads for tower, index and linear stage; they release the GIL", low=1, high=64
-    )
+    threads: int = tunable(4, "threads for tower, index and linear stage; they release the GIL", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     user_limit_ms: float = tunable(5.0, "time to find out who asks, else they are unknown", low=0.1, high=1e3)
     reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)

@@ -32,9 +32,7 @@ class Asked:
     features: Mapping[str, Any]
 
 
-async def resolve(
-    asked: Asked, generation: Generation, threads: Executor, limit_s: float
-) -> tuple[Person, int]:
+async def resolve(asked: Asked, generation: Generation, threads: Executor, limit_s: float) -> tuple[Person, int]:
     """The person, and how many items of the sent history the catalogue doesn't have.
 
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
@@ -49,9 +47,7 @@ async def resolve(
     return person(asked, generation, row, is_late)
 
 
-def person(
-    asked: Asked, generation: Generation, row: int = NO_ROW, is_late: bool = False
-) -> tuple[Person, int]:
+def person(asked: Asked, generation: Generation, row: int = NO_ROW, is_late: bool = False) -> tuple[Person, int]:
     """The same for a row of the user table that was found already; -1 for nobody's."""
     fields = _fields(asked, generation, row)
     history, n_ignored = np.empty(0, np.int64), 0

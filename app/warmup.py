@@ -64,6 +64,4 @@ async def _prove_one(generation: Generation, golden: Golden, number: int, thread
     for item, expected, at_place in zip(golden.items, golden.scores, ranking.scores.tolist(), strict=True):
         # Where two items changed places, both scores must still be what they were: a tie, to the tolerance.
         if item not in found or not np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE):
-            raise BundleError(
-                f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}"
-            )
+            raise BundleError(f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}")

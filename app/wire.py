@@ -52,9 +52,7 @@ class FilterPart(Wire):
 
     field: Text
     eq: Number | Text | None = None
-    one_of: Annotated[list[Number | Text], Field(max_length=Limits.FILTER_VALUES)] | None = Field(
-        None, alias="in"
-    )
+    one_of: Annotated[list[Number | Text], Field(max_length=Limits.FILTER_VALUES)] | None = Field(None, alias="in")
     gte: Number | None = None
     lte: Number | None = None
 
@@ -77,9 +75,7 @@ class CandidatePart(Wire):
 class RankRequest(Wire):
     """One ranking request. Everything is optional: an empty object asks for the best for anybody."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"user": {"history": []}, "k": 3, "timeout_ms": 100}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user": {"history": []}, "k": 3, "timeout_ms": 100}]})
 
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]{1,128}$")] | None = None
     user: UserPart = UserPart()
@@ -149,8 +145,7 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
         "request_id": query.request_id,
         "generation": ranking.generation,
         "items": [
-            {"id": i, "score": score, "stage": Stage(stage).label, "propensity": p}
-            for i, score, stage, p in columns
+            {"id": i, "score": score, "stage": Stage(stage).label, "propensity": p} for i, score, stage, p in columns
         ],
         "empty_reason": ranking.empty_reason,
         "coverage": {
@@ -160,8 +155,7 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
             "shards": reranking.shards,
         },
         "degraded": [
-            {"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute}
-            for d in ranking.degradations
+            {"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in ranking.degradations
         ],
         "expected_ndcg_loss": None if ranking.degradations else 0.0,
         "ignored": dict(query.ignored),
@@ -227,9 +221,7 @@ def asked(request: RankRequest) -> Asked:
     return Asked(request.user.id, request.user.history, features)
 
 
-def to_query(
-    request: RankRequest, request_id: str, generation: Generation, known: tuple[Person, int]
-) -> Query:
+def to_query(request: RankRequest, request_id: str, generation: Generation, known: tuple[Person, int]) -> Query:
     """Everything external becomes rows of this generation.
 
     Args:
@@ -283,9 +275,7 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
     where = f"filters.{position}"
     if part.field not in generation.filterable:
         allowed = ", ".join(generation.filterable) or "none in this bundle"
-        raise InvalidRequest(
-            FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}")
-        )
+        raise InvalidRequest(FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}"))
     vocab = generation.vocab.get(part.field)
     wanted = part.one_of if part.eq is None else [part.eq]
     values = None

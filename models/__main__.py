@@ -55,13 +55,9 @@ def _example_options(command: argparse.ArgumentParser) -> None:
 
 
 def _pack_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--config", type=Path, required=True, help="pack.toml; paths in it are relative to it"
-    )
+    command.add_argument("--config", type=Path, required=True, help="pack.toml; paths in it are relative to it")
     command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
-    command.add_argument(
-        "--recall", type=float, default=0.95, help="wanted of the index, against exact search"
-    )
+    command.add_argument("--recall", type=float, default=0.95, help="wanted of the index, against exact search")
     command.add_argument(
         "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_pq"), help="kind to begin with, not by size"
     )

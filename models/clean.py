@@ -71,9 +71,7 @@ def clean_year(year: str, title: str) -> int:
     return int(inside.group(1)) if inside else -1
 
 
-def distinct_titles(
-    titles: Sequence[str], year: NDArray[np.int16], ids: NDArray[np.int64]
-) -> NDArray[np.str_]:
+def distinct_titles(titles: Sequence[str], year: NDArray[np.int16], ids: NDArray[np.int64]) -> NDArray[np.str_]:
     """ "Title (year)", and "Title (year) #id" where two rows would still read the same."""
     plain = [re.sub(r"\s*\(\d{4}\)\s*$", "", title).strip() for title in titles]
     dated = [f"{t} ({y})" if y > 0 else t for t, y in zip(plain, year, strict=True)]

@@ -124,9 +124,7 @@ def fit_deep(
     return model.eval()
 
 
-def _fit_long_view(
-    model: Deep, line: Timeline, events: Rows, seed: int, show: Show, epochs: int | None
-) -> None:
+def _fit_long_view(model: Deep, line: Timeline, events: Rows, seed: int, show: Show, epochs: int | None) -> None:
     histories = torch.from_numpy(recent(line, events, LENGTH))
     targets = torch.from_numpy(line.item[events])
 

@@ -136,9 +136,7 @@ def choose_person(generation: Generation) -> int | str:
     return generation.users.ids.external(np.array([row]))[0]
 
 
-def print_answer(
-    generation: Generation, request: Mapping[str, Any], answer: Mapping[str, Any], url: str
-) -> None:
+def print_answer(generation: Generation, request: Mapping[str, Any], answer: Mapping[str, Any], url: str) -> None:
     """History and ranking by title, the funnel's counts and times, and the line that repeats it."""
     titles, users = generation.tables["title"], generation.users
     assert users is not None

@@ -34,9 +34,7 @@ class HistoryEncoder(nn.Module):
         self.log_weight = nn.Parameter(torch.log(torch.tensor(DECAYS))[:, None] * age)
         width = d * len(DECAYS)
         self.skip = nn.Linear(width, d)
-        self.mlp = nn.Sequential(
-            nn.Linear(width + 1, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width + 1, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d))
 
     def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
         weights = torch.exp(self.log_weight)[None] * mask[:, None]

@@ -158,9 +158,7 @@ def report(generation: Generation, file: Path, most: int, k: int) -> None:
     seconds = [[r.seconds for r in ranking.reports] for ranking in rankings]
     widths = generation.manifest.funnel
     print(f"{generation.name}: {len(queries)} requests, {widths.retrieve} -> {widths.rerank} -> {widths.k}")
-    print(
-        f"  of the re-ranker's own best {k} over all items, {survival(generation, queries, k):.3f} reach it"
-    )
+    print(f"  of the re-ranker's own best {k} over all items, {survival(generation, queries, k):.3f} reach it")
     for name, took in zip(STAGES, np.median(seconds, axis=0), strict=True):
         print(f"  {name:<11} {took * 1e3:6.2f} ms, median, in one process without load")
 

@@ -159,12 +159,7 @@ def open_graph(file: Path) -> ort.InferenceSession:
 
 
 def _export(
-    model: nn.Module,
-    example: tuple[Tensor, ...],
-    file: Path,
-    names: list[str],
-    output: str,
-    dynamic: tuple[str, ...],
+    model: nn.Module, example: tuple[Tensor, ...], file: Path, names: list[str], output: str, dynamic: tuple[str, ...]
 ) -> None:
     with warnings.catch_warnings():
         # The exporter by tracing is deprecated, not removed; the new one needs a package more.

@@ -233,17 +233,13 @@ def check_output(output: NDArray[Any], n: int, file: str) -> bool:
     if output.dtype != np.float32:
         raise PackError(f"{file}: its output is {output.dtype}; allowed is float32")
     if output.shape not in ((n,), (n, 1)):
-        raise PackError(
-            f"{file}: gives {list(output.shape)} for {n} rows; allowed is one score a row, [n] or [n, 1]"
-        )
+        raise PackError(f"{file}: gives {list(output.shape)} for {n} rows; allowed is one score a row, [n] or [n, 1]")
     if not np.isfinite(output).all():
         raise PackError(f"{file}: {np.count_nonzero(~np.isfinite(output))} of {n} scores are not finite")
     return output.ndim == 2
 
 
-def check_rows_alone(
-    run: Callable[[Feeds], Scores], feeds: Feeds, per_item: Sequence[str], file: str
-) -> None:
+def check_rows_alone(run: Callable[[Feeds], Scores], feeds: Feeds, per_item: Sequence[str], file: str) -> None:
     """Score a batch whole, again, in pieces, permuted and row by row; raise PackError where scores differ.
 
     Args:

@@ -58,13 +58,7 @@ class Built:
 
 
 def build(
-    embeddings: NDArray[Any],
-    users: Floats,
-    width: int,
-    target: float,
-    *,
-    kind: Kind | None = None,
-    say: Say = print,
+    embeddings: NDArray[Any], users: Floats, width: int, target: float, *, kind: Kind | None = None, say: Say = print
 ) -> Built:
     """The index for this catalogue, with the cheapest parameter that reaches the target.
 
@@ -109,9 +103,7 @@ def enough_queries(embeddings: NDArray[Any], users: Floats, say: Say = print) ->
     n_different = len(np.unique(users, axis=0))
     if n_different >= ENOUGH_QUERIES:
         return queries
-    say(
-        f"index: only {n_different} different user embeddings; recall is measured on items with noise as well"
-    )
+    say(f"index: only {n_different} different user embeddings; recall is measured on items with noise as well")
     rows = np.sort(rng.choice(len(embeddings), min(len(embeddings), 4 * ENOUGH_QUERIES), replace=False))
     items = np.asarray(embeddings[rows], np.float32)
     noise = rng.standard_normal(items.shape).astype(np.float32) * items.std(axis=0) * NOISE

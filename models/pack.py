@@ -195,12 +195,7 @@ def _with_index(
         f"{built.recall.n_queries} queries, asked {target:g}; {built.search_s * 1e3:.2f} ms a search"
     )
     retriever = generation.manifest.retrievers[0].model_copy(
-        update={
-            "kind": built.kind,
-            "search": built.search,
-            "overfetch": built.overfetch,
-            "recall": built.recall,
-        }
+        update={"kind": built.kind, "search": built.search, "overfetch": built.overfetch, "recall": built.recall}
     )
     manifest = generation.manifest.model_copy(update={"retrievers": (retriever,)})
     return replace(generation, manifest=manifest, index=built.index)
@@ -208,16 +203,12 @@ def _with_index(
 
 def _with_calibration(generation: Generation, queries: Sequence[Query], say: Say) -> Generation:
     """Fit both maps on what retrieval finds for the sample requests."""
-    n = int(
-        np.clip(MOST_CALIBRATION_ROWS // generation.manifest.funnel.retrieve, FEWEST_SAMPLES, len(queries))
-    )
+    n = int(np.clip(MOST_CALIBRATION_ROWS // generation.manifest.funnel.retrieve, FEWEST_SAMPLES, len(queries)))
     chosen = [queries[at] for at in np.linspace(0, len(queries) - 1, n).astype(int)]
     scored = list(evaluate.score_through(generation, chosen))
     found, coarse, fine = (
         np.concatenate(columns).astype(np.float64)
-        for columns in zip(
-            *((s.candidates.retrieval_scores, s.preranking, s.reranking) for s in scored), strict=True
-        )
+        for columns in zip(*((s.candidates.retrieval_scores, s.preranking, s.reranking) for s in scored), strict=True)
     )
     if not np.isfinite(fine).any():
         raise PackError("samples: retrieval finds no candidate with a finite score for any sample request")
@@ -281,19 +272,14 @@ def _draft_manifest(config: PackConfig, names: tuple[str, ...], n_items: int) ->
         files={},
         retrievers=(
             Retriever(
-                name="two_tower",
-                kind="flat",
-                n=n_items,
-                recall=Recall(target=1, reached=0, at=1, n_queries=0),
+                name="two_tower", kind="flat", n=n_items, recall=Recall(target=1, reached=0, at=1, n_queries=0)
             ),
         ),
         funnel=config.funnel.config,
         features=FeatureSchema(
             user_tower=config.user_tower.inputs, re_ranker=config.re_ranker.inputs, pre_ranker=names
         ),
-        calibration=Calibration(
-            retrieval=IDENTITY, preranking=IDENTITY, typical_retrieval_score=0.0, n_requests=1
-        ),
+        calibration=Calibration(retrieval=IDENTITY, preranking=IDENTITY, typical_retrieval_score=0.0, n_requests=1),
         offline_metrics=metrics,
     )
 
@@ -311,13 +297,9 @@ def _open_draft(draft: Path, manifest: Manifest, models: Mapping[str, onnx.Model
     ids = {part: Ids(a.pop("ids"), a.pop("id_order")) for part, a in folders.items() if a}
     items, people = folders[ITEMS], folders[USERS]
     history = people.pop("history", None)
-    sessions = {
-        name: open_session(m.SerializeToString(deterministic=True), name) for name, m in models.items()
-    }
+    sessions = {name: open_session(m.SerializeToString(deterministic=True), name) for name, m in models.items()}
     with np.load(draft / "pre_ranker.npz") as weights:
-        linear = PreRanker(
-            manifest.features.pre_ranker, sealed(weights["weights"]), np.float32(weights["bias"])
-        )
+        linear = PreRanker(manifest.features.pre_ranker, sealed(weights["weights"]), np.float32(weights["bias"]))
     generation = Generation(
         path=draft,
         digest="draft",
@@ -343,9 +325,7 @@ def _arrays(folder: Path) -> dict[str, NDArray[Any]]:
 def _write_manifest(manifest: Manifest, draft: Path) -> None:
     """manifest.json with the size and SHA-256 of every file that is there."""
     found = sorted(p for p in draft.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = {
-        p.relative_to(draft).as_posix(): FileEntry(sha256=sha256(p), size=p.stat().st_size) for p in found
-    }
+    files = {p.relative_to(draft).as_posix(): FileEntry(sha256=sha256(p), size=p.stat().st_size) for p in found}
     text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
     (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -402,6 +382,4 @@ def _summarise(generation: Generation, out: Path, config: PackConfig, say: Say) 
     say(f"  size         {size / 1e6:,.3g} MB in {len(manifest.files)} files")
     say(f"  digest       {generation.digest}")
     if config.funnel.timeout_ms:
-        say(
-            f"  serve with   WINNOW_SLA_MS={config.funnel.timeout_ms:g} (an SLA is the service's, not the bundle's)"
-        )
+        say(f"  serve with   WINNOW_SLA_MS={config.funnel.timeout_ms:g} (an SLA is the service's, not the bundle's)")

@@ -36,13 +36,9 @@ def write_items(config: PackConfig, draft: Path) -> int:
     for name, file in items.tables.items():
         key = f"items.tables.{name}"
         _write(read_array(file, key), key, n, draft / ITEMS / f"{name}.npy", is_text_allowed=True)
-    popular = (
-        np.arange(min(n, POPULAR_MOST)) if config.popular is None else read_array(config.popular, "popular")
-    )
+    popular = np.arange(min(n, POPULAR_MOST)) if config.popular is None else read_array(config.popular, "popular")
     if popular.ndim != 1 or popular.dtype.kind not in "iu":
-        raise PackError(
-            f"popular: is {popular.dtype} {list(popular.shape)}; allowed is one axis of item rows"
-        )
+        raise PackError(f"popular: is {popular.dtype} {list(popular.shape)}; allowed is one axis of item rows")
     _check_rows(popular, "popular", n, lowest=0)
     if len(np.unique(popular)) != len(popular):
         raise PackError("popular: has a row twice; allowed is once")
@@ -83,9 +79,7 @@ def write_vocabularies(config: PackConfig, draft: Path) -> None:
     files = {name: (f"items.vocab.{name}", file) for name, file in config.items.vocab.items()}
     for name, (key, _) in files.items():
         if name not in config.items.tables:
-            raise PackError(
-                f"{key}: names no item table; allowed are {', '.join(config.items.tables) or 'none'}"
-            )
+            raise PackError(f"{key}: names no item table; allowed are {', '.join(config.items.tables) or 'none'}")
     for prefix, part in {
         "user": config.users,
         "query": config.query,
@@ -188,9 +182,7 @@ def _write(table: Array, key: str, n: int, to: Path, *, is_text_allowed: bool = 
 
 def _check_rows(rows: Array, key: str, n: int, lowest: int) -> None:
     if rows.size and (rows.min() < lowest or rows.max() >= n):
-        raise PackError(
-            f"{key}: holds {rows.min()} to {rows.max()}; allowed are item rows, {lowest} to {n - 1}"
-        )
+        raise PackError(f"{key}: holds {rows.min()} to {rows.max()}; allowed are item rows, {lowest} to {n - 1}")
 
 
 def _save(array: Array, to: Path) -> None:

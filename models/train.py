@@ -228,13 +228,8 @@ def teach(logits: NDArray[Any], counts: NDArray[Any], happened: NDArray[Any]) ->
     return np.asarray(1.0 / (1.0 + np.exp(-(x @ weights + bias))))
 
 
-def features_of_queries(
-    tables: Mapping[str, NDArray[Any]], queries: Queries, scores: Scores
-) -> NDArray[np.float32]:
+def features_of_queries(tables: Mapping[str, NDArray[Any]], queries: Queries, scores: Scores) -> NDArray[np.float32]:
     """f32[Q * m, F]: the linear stage's features of all retrieved rows, query by query."""
     return np.concatenate(
-        [
-            features_of(tables, queries.history(q), scores.rows[q], scores.found[q])
-            for q in range(len(queries))
-        ]
+        [features_of(tables, queries.history(q), scores.rows[q], scores.found[q]) for q in range(len(queries))]
     )

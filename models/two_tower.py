@@ -57,12 +57,7 @@ class TwoTower(nn.Module):
 
 
 def fit_two_tower(
-    line: Timeline,
-    events: Rows,
-    content: NDArray[np.float32],
-    seed: int,
-    show: Show,
-    epochs: int | None = None,
+    line: Timeline, events: Rows, content: NDArray[np.float32], seed: int, show: Show, epochs: int | None = None
 ) -> TwoTower:
     """The towers, fitted on these events (the target of each; its history is what came before)."""
     torch.manual_seed(seed)
@@ -90,8 +85,7 @@ def in_batch_loss(users: Tensor, items: Tensor, targets: Tensor, histories: Tens
     """The corrected softmax loss of a batch: users [B, d], the whole item table, targets [B], histories [B, L]."""
     logits = users @ items[targets].T - log_q[targets][None, :]
     return F.cross_entropy(
-        logits.masked_fill(accidental_hits(targets, histories, len(items)), MASKED),
-        torch.arange(len(targets)),
+        logits.masked_fill(accidental_hits(targets, histories, len(items)), MASKED), torch.arange(len(targets))
     )
 
 

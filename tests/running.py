@@ -37,13 +37,7 @@ class Running:
     seen: list[dict[str, Any]] = field(default_factory=list)
 
     def call(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        headers: Mapping[str, str] = JSON,
-        *,
-        port: int | None = None,
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = JSON, *, port: int | None = None
     ) -> Reply:
         """One request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=PATIENCE_S)

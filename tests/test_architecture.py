@@ -45,9 +45,7 @@ def test_app_imports_nothing_offline(file):
 
 def test_stages_and_control_know_neither_fastapi_nor_prometheus(file):
     if file.parent.name in ("stages", "control"):
-        assert not uses(
-            file, "fastapi", "starlette", "uvicorn", "prometheus_client", "app.api", "app.metrics"
-        )
+        assert not uses(file, "fastapi", "starlette", "uvicorn", "prometheus_client", "app.api", "app.metrics")
 
 
 def test_control_knows_no_asyncio_no_clock_and_no_randomness(file):
@@ -118,18 +116,11 @@ def lines_of_code(file: Path) -> int:
     text = file.read_text()
     said: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        ) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
             said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    nothing = (
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    )
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     held = {n for t in tokens if t.type not in nothing for n in range(t.start[0], t.end[0] + 1)}
     return len(held - said)
@@ -150,16 +141,12 @@ def test_app_stays_small():
 def test_serving_needs_no_training_libraries():
     unwanted = ["torch", "onnx", "scipy", "models", "loadtest", "pandas", "sklearn"]
     script = f"import sys, app.main, app.__main__; print([m for m in {unwanted} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_worker_needs_no_web_framework_either():
     unwanted = ["torch", "onnx", "scipy", "fastapi", "uvicorn", "prometheus_client"]
     script = f"import sys, app.workers.worker; print([m for m in {unwanted} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -101,9 +101,7 @@ def services() -> Iterator[object]:
         # exec: the process is the service itself, not a shell around it
         line = re.sub(r"^((?:\w+=\S+ )*)", r"exec env \1", command.strip())
         log = (folder / "serve.log").open("wb")
-        started.append(
-            subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(), stdout=log, stderr=log)
-        )
+        started.append(subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(), stdout=log, stderr=log))
         log.close()
 
     try:

@@ -76,12 +76,7 @@ def prerank_scores(history: tuple[int, ...] = (), bid: Any = 0.0) -> NDArray[np.
 
 
 def rerank_scores(
-    history: tuple[int, ...] = (),
-    *,
-    freshness: float = 0,
-    age: float = 0,
-    occupation: int = 0,
-    bid: Any = 0.0,
+    history: tuple[int, ...] = (), *, freshness: float = 0, age: float = 0, occupation: int = 0, bid: Any = 0.0
 ) -> NDArray[np.float64]:
     """f64[N]"""
     last = EMBEDDING[history[-1]].astype(float) if history else np.zeros(D)
@@ -116,9 +111,7 @@ def write_source(folder: Path, *, are_ids_text: bool = False, n_samples: int = 2
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     names, weights = PRE_RANKER
-    np.savez(
-        folder / "pre_ranker.npz", names=np.array(names), weights=np.array(weights, "f4"), bias=np.float32(0)
-    )
+    np.savez(folder / "pre_ranker.npz", names=np.array(names), weights=np.array(weights, "f4"), bias=np.float32(0))
     onnx.save(user_tower(), folder / "user_tower.onnx")
     onnx.save(re_ranker(), folder / "re_ranker.onnx")
     (folder / "genres.json").write_text(json.dumps(GENRES))
@@ -235,9 +228,7 @@ def re_ranker() -> onnx.ModelProto:
         helper.make_node("Add", ["age", "occupation_f"], ["person"]),
         helper.make_node("Squeeze", ["person", "one"], ["person1"]),
         helper.make_node("Mul", ["person1", "thousandth"], ["person_part"]),
-        helper.make_node(
-            "Sum", ["affinity", "alike_part", "bid_part", "fresh_part", "person_part"], ["score"]
-        ),
+        helper.make_node("Sum", ["affinity", "alike_part", "bid_part", "fresh_part", "person_part"], ["score"]),
     ]
     return _model(
         nodes,

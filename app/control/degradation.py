@@ -14,11 +14,7 @@ SUBSTITUTES = {
 }
 
 # What can be said of a departure, closed because it is a metric's label.
-REASONS = {
-    Outcome.LATE: "late",
-    Outcome.FAILED: "failed",
-    Outcome.PARTIAL: "partial",
-}
+REASONS = {Outcome.LATE: "late", Outcome.FAILED: "failed", Outcome.PARTIAL: "partial"}
 
 
 # The look-up of the person belongs to retrieval, which reads it first.

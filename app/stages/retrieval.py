@@ -40,9 +40,7 @@ class Retrieval:
 
     async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
         """The search in a thread; a late one goes on there unheard."""
-        work = asyncio.get_running_loop().run_in_executor(
-            self.threads, self.search, query, scope.retrieve_width
-        )
+        work = asyncio.get_running_loop().run_in_executor(self.threads, self.search, query, scope.retrieve_width)
         return await asyncio.wait_for(work, until - time.monotonic())
 
     def search(self, query: Query, width: int) -> Candidates:
@@ -78,9 +76,7 @@ class Retrieval:
             raise StageFailed("the user tower's output is not a finite embedding")
         return user
 
-    def _candidates(
-        self, rows: Rows, scores: Scores, origin: Origin, user: NDArray[np.float32]
-    ) -> Candidates:
+    def _candidates(self, rows: Rows, scores: Scores, origin: Origin, user: NDArray[np.float32]) -> Candidates:
         origins = np.full(len(rows), origin, np.uint32)
         rows = np.array(rows, np.int64)
         return Candidates(sealed(rows), sealed(scores), sealed(origins), sealed(user))
@@ -106,9 +102,7 @@ class Retrieval:
         self, user: NDArray[np.float32], width: int, eligible: NDArray[np.bool_] | None
     ) -> tuple[Rows, Scores]:
         n_fetched = min(self.generation.n_items, int(width * self.retriever.overfetch))
-        selector = (
-            None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
-        )
+        selector = None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
         try:
             scores, rows = self.generation.index.search(
                 user[None], n_fetched, params=self._parameters(selector, n_fetched)

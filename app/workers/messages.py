@@ -100,9 +100,7 @@ class ShardRecord:
         ]
         parts += [_raw(spec, shard.person.fields[key]) for key, spec in self.person]
         parts += [
-            _raw(spec, shard.candidate_fields[key])
-            for key, spec in self.candidate
-            if key in shard.candidate_fields
+            _raw(spec, shard.candidate_fields[key]) for key, spec in self.candidate if key in shard.candidate_fields
         ]
         return b"".join(parts)
 

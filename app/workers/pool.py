@@ -18,16 +18,7 @@ from dataclasses import dataclass, field
 from app.bundle import Generation
 from app.errors import ContractError, ServerError, StageFailed
 from app.flow import Scores
-from app.workers.messages import (
-    HEADER,
-    Frame,
-    Kind,
-    ShardRecord,
-    frame,
-    generation_number,
-    read_header,
-    read_scores,
-)
+from app.workers.messages import HEADER, Frame, Kind, ShardRecord, frame, generation_number, read_header, read_scores
 from app.workers.scoring import Shard
 
 READY_S = 60.0  # to import, map tables and open the model; a 100 MB graph takes 2 s

@@ -40,9 +40,7 @@ class ShardScorer(Protocol):
         """The shard's scores, f32[n], to come, or StageFailed. Cancel what isn't wanted any more."""
 
 
-def score(
-    session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables, shard: Shard
-) -> Scores:
+def score(session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables, shard: Shard) -> Scores:
     """The re-ranker's scores of these candidates, f32[n], in their order. Raises StageFailed."""
     given = Inputs(tables, shard.person, shard.candidates, shard.candidate_fields)
     scores = np.asarray(run_model(session, re_ranker_inputs(inputs, given)), np.float32)

@@ -23,15 +23,7 @@ import numpy as np
 from app.bundle import RerankerParts, load_re_ranker
 from app.errors import StageFailed
 from app.flow import Candidates, Person
-from app.workers.messages import (
-    HEADER,
-    Kind,
-    ShardRecord,
-    frame,
-    generation_number,
-    read_header,
-    write_scores,
-)
+from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, write_scores
 from app.workers.scoring import Shard, score
 
 WARM_UP = (1, 16, 64)  # rows: the runtime plans its memory by shape

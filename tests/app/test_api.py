@@ -137,9 +137,7 @@ async def test_a_score_that_is_no_number_is_null(app):
         (None, "", r"[0-9a-f]{32}"),
     ],
 )
-async def test_the_request_id_is_the_bodys_or_the_headers_or_made_and_echoed_in_both(
-    app, body_id, header, expected
-):
+async def test_the_request_id_is_the_bodys_or_the_headers_or_made_and_echoed_in_both(app, body_id, header, expected):
     headers = {} if header is None else {"x-request-id": header}
     reply = await rank(app, {"request_id": body_id} | PATIENT, headers)
     assert reply.headers["x-request-id"] == reply.json()["request_id"]
@@ -264,12 +262,7 @@ WRONG = [
     ({"candidates": [{"features": {}}]}, "candidates.0.id", "{'features': {}}", "required"),
     ({"candidates": [{"id": 1, "bid": 2}]}, "candidates.0.bid", 2, "not permitted"),
     ({"candidates": [{"id": 1000, "features": {"cost": 2}}]}, "candidates.0.features.cost", 2, "bid"),
-    (
-        {"candidates": [{"id": 1000, "features": {"bid": "x"}}]},
-        "candidates.0.features.bid",
-        "x",
-        "one number",
-    ),
+    ({"candidates": [{"id": 1000, "features": {"bid": "x"}}]}, "candidates.0.features.bid", "x", "one number"),
     ({"filters": [{"field": "colour", "eq": 1}]}, "filters.0.field", "colour", "genres, year"),
     ({"filters": [{"field": "title", "eq": "Item 01"}]}, "filters.0.field", "title", "genres, year"),
     ({"filters": [{"field": "embedding", "gte": 0}]}, "filters.0.field", "embedding", "genres, year"),
@@ -286,9 +279,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("request_", "field", "value", "allowed"), WRONG, ids=[str(w[0])[:60] for w in WRONG]
-)
+@pytest.mark.parametrize(("request_", "field", "value", "allowed"), WRONG, ids=[str(w[0])[:60] for w in WRONG])
 async def test_what_is_not_the_schema_is_422_and_names_field_value_and_what_is_allowed(
     app, request_, field, value, allowed
 ):
@@ -354,9 +345,7 @@ async def test_no_media_type_is_415(app):
     problem_of(await call(app, "POST", "/v1/rank", b"{}", {}), 415)
 
 
-@pytest.mark.parametrize(
-    "media_type", ["application/json", "Application/JSON; charset=utf-8", "application/json;"]
-)
+@pytest.mark.parametrize("media_type", ["application/json", "Application/JSON; charset=utf-8", "application/json;"])
 async def test_json_is_json_however_it_is_written(app, media_type):
     assert (await rank(app, {}, {"content-type": media_type})).status == 200
 
@@ -369,9 +358,7 @@ async def test_another_method_is_405_and_says_which_is_allowed(app, method):
     assert reply.headers["content-type"] == PROBLEM
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/ranks", "/v2/rank", "/metrics", "/admin/generations", "/%00"]
-)
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/ranks", "/v2/rank", "/metrics", "/admin/generations", "/%00"])
 async def test_another_path_is_404_on_the_ranking_port(app, path):
     body = problem_of(await call(app, "GET", path), 404)
     assert body["title"] == "Not Found"
@@ -442,9 +429,7 @@ def refused(reply) -> dict:
 
 
 @pytest.mark.parametrize("phase", [Phase.STARTING, Phase.DRAINING])
-async def test_while_starting_or_draining_requests_are_503_and_it_is_not_ready(
-    app, service, monkeypatch, phase
-):
+async def test_while_starting_or_draining_requests_are_503_and_it_is_not_ready(app, service, monkeypatch, phase):
     with monkeypatch.context() as patch:
         patch.setattr(service.gate, "phase", phase)
         assert phase.value in refused(await rank(app, {}))["detail"]
@@ -500,9 +485,7 @@ async def test_a_stage_that_fails_is_a_degraded_answer(app, service, monkeypatch
     with monkeypatch.context() as patch:
         breaks(service, patch, StageFailed("broken"))
         answer = (await rank(app, {"user": {"id": "cho"}} | PATIENT)).json()
-    assert answer["degraded"] == [
-        {"stage": "preranking", "reason": "failed", "substitute": "retrieval scores"}
-    ]
+    assert answer["degraded"] == [{"stage": "preranking", "reason": "failed", "substitute": "retrieval scores"}]
     assert answer["expected_ndcg_loss"] is None
     assert [i["id"] for i in answer["items"]] == NEXT_TO_20
 
@@ -515,12 +498,8 @@ async def test_strict_turns_a_degraded_answer_into_504(app, service, monkeypatch
     assert "preranking failed" in body["detail"]
 
 
-@pytest.mark.parametrize(
-    "error", [ContractError("a promise was broken"), TypeError("secret detail"), KeyError("x")]
-)
-async def test_a_defect_is_500_with_a_request_id_and_without_a_trace(
-    app, service, monkeypatch, error, caplog
-):
+@pytest.mark.parametrize("error", [ContractError("a promise was broken"), TypeError("secret detail"), KeyError("x")])
+async def test_a_defect_is_500_with_a_request_id_and_without_a_trace(app, service, monkeypatch, error, caplog):
     with monkeypatch.context() as patch:
         breaks(service, patch, error)
         reply = await rank(app, {"request_id": "look-me-up"} | PATIENT)
@@ -618,9 +597,7 @@ async def test_every_labelled_child_exists_from_the_start(bundle):
     ):
         assert (name,) in fresh
     assert all(
-        value == 0
-        for key, value in fresh.items()
-        if key[0].endswith(("_total", "_count")) and "winnow" in key[0]
+        value == 0 for key, value in fresh.items() if key[0].endswith(("_total", "_count")) and "winnow" in key[0]
     )
 
 
@@ -632,14 +609,7 @@ async def test_latency_is_counted_at_the_sla_and_at_half_and_twice_of_it(bundle)
 
 async def test_traffic_adds_no_child_that_was_not_there(app, service):
     before = set(samples(service))
-    for request in (
-        {},
-        {"candidates": []},
-        b"{",
-        {"k": 0},
-        {"timeout_ms": 1},
-        {"strict": True, "timeout_ms": 1},
-    ):
+    for request in ({}, {"candidates": []}, b"{", {"k": 0}, {"timeout_ms": 1}, {"strict": True, "timeout_ms": 1}):
         await rank(app, request)
     assert set(samples(service)) == before
 
@@ -686,9 +656,7 @@ async def test_the_admin_port_shows_metrics_and_generations_and_ranks_nothing(se
     assert found["winnow_generation_age_seconds", ("role", "serving")] > 0
     assert found["winnow_worker_rss_bytes", ("worker", "0")] > 1_000_000
     held = (await call(admin, "GET", "/admin/generations")).json()["generations"]
-    assert [(g["role"], g["digest"], g["name"], g["items"]) for g in held] == [
-        ("serving", digest, "tiny", world.N)
-    ]
+    assert [(g["role"], g["digest"], g["name"], g["items"]) for g in held] == [("serving", digest, "tiny", world.N)]
     assert (await rank(admin, {})).status == 404
 
 
@@ -697,11 +665,7 @@ async def test_the_admin_port_shows_metrics_and_generations_and_ranks_nothing(se
 
 @pytest.mark.parametrize(
     ("request_", "status", "outcome"),
-    [
-        ({"request_id": "a"} | PATIENT, 200, "ok"),
-        (b"{", 400, "client_error"),
-        ({"k": 0}, 422, "client_error"),
-    ],
+    [({"request_id": "a"} | PATIENT, 200, "ok"), (b"{", 400, "client_error"), ({"k": 0}, 422, "client_error")],
 )
 async def test_a_request_is_one_line_of_json(app, caplog, request_, status, outcome):
     with caplog.at_level(logging.INFO, "winnow.request"):

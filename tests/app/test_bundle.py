@@ -144,9 +144,7 @@ def change_manifest(bundle: Path, change) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside.npy", "items/../../outside.npy", "/etc/hostname", "items\\year.npy"]
-)
+@pytest.mark.parametrize("name", ["../outside.npy", "items/../../outside.npy", "/etc/hostname", "items\\year.npy"])
 def test_a_path_that_leaves_the_directory_is_refused(copy, name):
     (copy.parent / "outside.npy").write_bytes(b"")
     change_manifest(copy, lambda m: m["files"].update({name: {"sha256": "0" * 64, "size": 0}}))
@@ -393,14 +391,7 @@ def test_a_field_that_is_no_single_number_is_no_feature(copy):
 
 @pytest.mark.parametrize(
     "feature",
-    [
-        "item.year",
-        "item.genres.1",
-        "history_max.embedding",
-        "history_overlap.genres",
-        "history_gap.year",
-        "user.age",
-    ],
+    ["item.year", "item.genres.1", "history_max.embedding", "history_overlap.genres", "history_gap.year", "user.age"],
 )
 def test_a_feature_that_can_be_made_is_accepted(copy, feature):
     names = np.array([feature, *world.PRE_RANKER[0][1:]])
@@ -520,8 +511,7 @@ KNOTS = Knots(x=(0, 1, 3), y=(10, 20, 60))  # slopes 10 and 20
 
 
 @pytest.mark.parametrize(
-    ("x", "y"),
-    [(0, 10), (0.5, 15), (1, 20), (2, 40), (3, 60), (-1, 10 - 10), (5, 60 + 2 * 20), (np.nan, np.nan)],
+    ("x", "y"), [(0, 10), (0.5, 15), (1, 20), (2, 40), (3, 60), (-1, 10 - 10), (5, 60 + 2 * 20), (np.nan, np.nan)]
 )
 def test_knots_are_linear_between_and_go_on_beyond_their_ends(x, y):
     np.testing.assert_allclose(KNOTS(np.array([x], np.float32)), [y])

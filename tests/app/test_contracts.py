@@ -74,13 +74,7 @@ SOME = [49, 0, 7, 30, 31, 8, 20, 41, *range(10, 20), *range(32, 40), *range(21, 
 def arrays_of(given):
     candidates = given.candidates if isinstance(given, Scored) else given
     person = [given.scores, given.scored_by] if isinstance(given, Scored) else []
-    return [
-        candidates.rows,
-        candidates.retrieval_scores,
-        candidates.origins,
-        candidates.user_embedding,
-        *person,
-    ]
+    return [candidates.rows, candidates.retrieval_scores, candidates.origins, candidates.user_embedding, *person]
 
 
 async def test_it_keeps_length_and_order(scorer):

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from app.features import (
-    HISTORY_READ,
-    FeatureSchema,
-    Inputs,
-    ModelInput,
-    item_inputs,
-    named_features,
-    request_inputs,
-)
+from app.features import HISTORY_READ, FeatureSchema, Inputs, ModelInput, item_inputs, named_features, request_inputs
 from app.flow import Candidates, Person
 
 TABLES = {
@@ -63,21 +55,14 @@ def test_a_named_feature_is_what_its_definition_says(name, history, expected):
 
 
 def test_request_fields_are_the_same_for_every_candidate():
-    fields = {
-        "user.age": np.array([[30.0]]),
-        "context.hour": np.array([[7.0]]),
-        "query.length": np.array([[2.0]]),
-    }
+    fields = {"user.age": np.array([[30.0]]), "context.hour": np.array([[7.0]]), "query.length": np.array([[2.0]])}
     matrix = named_features(["user.age", "context.hour", "query.length"], given([0, 1], fields=fields))
     assert matrix.tolist() == [[30, 7, 2], [30, 7, 2]]
 
 
 def test_a_candidate_feature_is_the_callers_and_zero_when_not_sent():
     sent = {"candidate.bid": np.array([[1.5], [2.5]], np.float32)}
-    assert named_features(["candidate.bid"], given([0, 1], candidate_fields=sent))[:, 0].tolist() == [
-        1.5,
-        2.5,
-    ]
+    assert named_features(["candidate.bid"], given([0, 1], candidate_fields=sent))[:, 0].tolist() == [1.5, 2.5]
     assert named_features(["candidate.bid"], given([0, 1]))[:, 0].tolist() == [0, 0]
 
 
@@ -88,13 +73,7 @@ def test_features_stand_in_the_order_of_their_names_in_float32():
 
 
 def test_no_candidates_give_no_rows():
-    names = [
-        "retrieval_score",
-        "item.year",
-        "history_max.embedding",
-        "history_overlap.tags",
-        "history_gap.year",
-    ]
+    names = ["retrieval_score", "item.year", "history_max.embedding", "history_overlap.tags", "history_gap.year"]
     assert named_features(names, given([], history=[0])).shape == (0, len(names))
 
 

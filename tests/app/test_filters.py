@@ -99,9 +99,7 @@ def filters(draw: st.DrawFn) -> Filter:
     table = draw(st.sampled_from(sorted(COLUMNS)))
     values = draw(st.none() | st.lists(NUMBERS, min_size=1, max_size=4))
     if values is not None:
-        values = np.array(
-            [*values, np.nan] if draw(st.booleans()) else values, np.float64
-        )  # NaN: no such name
+        values = np.array([*values, np.nan] if draw(st.booleans()) else values, np.float64)  # NaN: no such name
     low, high = draw(st.none() | NUMBERS), draw(st.none() | NUMBERS)
     return Filter(table, values, low, high)
 
@@ -159,9 +157,7 @@ def test_excluded_rows_are_not_found_though_they_are_the_nearest(over):
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conditions=st.lists(filters(), max_size=3), exclude=ROWS, candidates=st.lists(ROWS, max_size=1))
-def test_filters_and_exclusions_hold_for_popular_items_and_for_the_callers_own(
-    over, conditions, exclude, candidates
-):
+def test_filters_and_exclusions_hold_for_popular_items_and_for_the_callers_own(over, conditions, exclude, candidates):
     query = asked(over.generation, conditions, exclude, [])
     if candidates:
         query = replace(query, candidates=np.unique(np.array(candidates[0], np.int64)))

@@ -202,11 +202,7 @@ async def test_every_item_that_was_retrieved_is_shown_or_dropped_once(funnel, as
     retrieved = {f.row for f in ranking.report(Stage.RETRIEVAL).fates if f.rank is not None}
     assert len(retrieved) == ranking.report(Stage.RETRIEVAL).n_out
     fates = ranking.report(Stage.SELECTION).fates
-    shown = [
-        f.row
-        for f in sorted(fates, key=lambda f: world.N if f.rank is None else f.rank)
-        if f.rank is not None
-    ]
+    shown = [f.row for f in sorted(fates, key=lambda f: world.N if f.rank is None else f.rank) if f.rank is not None]
     dropped = {f.row for f in fates if f.dropped} & retrieved
     assert shown == ranking.rows.tolist()
     assert len(shown) + len(dropped) == len(retrieved)
@@ -216,9 +212,7 @@ async def test_every_item_that_was_retrieved_is_shown_or_dropped_once(funnel, as
 
 async def test_the_fate_of_a_watched_row_is_told_by_every_stage(funnel, ask):
     best, low, far = 21, 29, 49
-    ranking = await rank_offline(
-        funnel, ask(user={"history": ids(20)}, rerank_count=5), watched=(best, low, far, 20)
-    )
+    ranking = await rank_offline(funnel, ask(user={"history": ids(20)}, rerank_count=5), watched=(best, low, far, 20))
     fates = {r.stage: {f.row: f for f in r.fates} for r in ranking.reports}
     assert fates[Stage.RETRIEVAL][best].rank == 0
     assert fates[Stage.RETRIEVAL][best].score == pytest.approx(world.retrieval_scores((20,))[best])
@@ -308,9 +302,7 @@ async def test_a_search_that_hangs_is_late_and_the_request_is_answered(generatio
 
 
 @pytest.mark.parametrize(("error", "reason"), [(StageFailed("broken"), "failed"), (TimeoutError(), "late")])
-async def test_without_pre_ranking_the_retrieval_scores_take_its_place(
-    funnel, ask, generation, error, reason
-):
+async def test_without_pre_ranking_the_retrieval_scores_take_its_place(funnel, ask, generation, error, reason):
     fail(funnel.preranking, error)
     ranking = await rank_offline(funnel, ask(user={"history": ids(20)}, rerank_count=1, k=3))
     assert ranking.degradations == (Degradation(Stage.PRERANKING, reason, "retrieval scores"),)
@@ -398,9 +390,7 @@ async def test_a_user_that_was_late_is_said(funnel, ask):
     assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RETRIEVAL, "user_late")]
 
 
-@pytest.mark.parametrize(
-    "error", [TypeError("None has no len"), KeyError("x"), IndexError(), AssertionError()]
-)
+@pytest.mark.parametrize("error", [TypeError("None has no len"), KeyError("x"), IndexError(), AssertionError()])
 @pytest.mark.parametrize("name", ["retrieval", "preranking", "reranking"])
 async def test_a_programmers_error_is_never_degraded_away(funnel, ask, name, error):
     fail(getattr(funnel, name), error)
@@ -520,16 +510,7 @@ def changed(**columns):
         {"propensities": np.array([1, 1, 1, 1.0])},
         {"scores": np.zeros(4, np.float32)},
     ],
-    ids=[
-        "too few",
-        "twice",
-        "no candidate",
-        "never shown",
-        "too sure",
-        "nan",
-        "fewer propensities",
-        "fewer scores",
-    ],
+    ids=["too few", "twice", "no candidate", "never shown", "too sure", "nan", "fewer propensities", "fewer scores"],
 )
 async def test_selection_shows_min_k_candidates_each_once_with_a_propensity(funnel, ask, columns):
     funnel.selection.select = changed(**{name: sealed(a) for name, a in columns.items()})

@@ -18,9 +18,7 @@ def digest(key: str) -> str:
 @pytest.fixture
 def keys(tmp_path):
     file = tmp_path / "keys"
-    file.write_text(
-        f"# a comment\n\n{digest(RANKER)}  rank  search team\n  {digest(BOTH).upper()}\trank,events\n"
-    )
+    file.write_text(f"# a comment\n\n{digest(RANKER)}  rank  search team\n  {digest(BOTH).upper()}\trank,events\n")
     return read_keys(file)
 
 
@@ -29,9 +27,7 @@ def test_a_known_key_with_the_right_passes(keys):
     keys.require(f"bearer  {BOTH}", "events")
 
 
-@pytest.mark.parametrize(
-    "sent", [None, "", "Bearer", "Bearer ", f"Basic {RANKER}", RANKER, "Bearer no", "Bearer é"]
-)
+@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer ", f"Basic {RANKER}", RANKER, "Bearer no", "Bearer é"])
 def test_no_key_or_an_unknown_one_is_not_authenticated(keys, sent):
     with pytest.raises(NotAuthenticated):
         keys.require(sent, "rank")

@@ -10,15 +10,7 @@ from app.bundle import load_re_ranker
 from app.errors import BundleError
 from app.warmup import offline_query
 from app.workers import worker
-from app.workers.messages import (
-    HEADER,
-    Kind,
-    ShardRecord,
-    frame,
-    generation_number,
-    read_header,
-    read_scores,
-)
+from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, read_scores
 from app.workers.scoring import Shard
 from tests import world
 
@@ -98,9 +90,7 @@ def test_a_child_ends_without_a_trace_when_its_parent_is_gone(bundle, generation
     worker.main(str(theirs.detach()), str(bundle), generation.digest)  # READY finds nobody
 
 
-def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(
-    child, generation, funnel, monkeypatch
-):
+def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(child, generation, funnel, monkeypatch):
     def score(*_: object) -> None:
         raise TypeError("planted")
 

@@ -71,10 +71,7 @@ REQUESTS = [
     {"user": {"id": "ann"}, "k": 32},
     {"user": {"id": "eve"}, "query": {"freshness": 20}, "k": 32},
     {"candidates": [{"id": world.item_id(r), "features": {"bid": r % 7}} for r in range(50)], "k": 32},
-    {
-        "user": {"history": [world.item_id(r) for r in (3, 13, 23, 33, 43, 5)], "features": {"age": 9.5}},
-        "k": 32,
-    },
+    {"user": {"history": [world.item_id(r) for r in (3, 13, 23, 33, 43, 5)], "features": {"age": 9.5}}, "k": 32},
     {"user": {"features": {"occupation": "pilot"}}, "filters": [{"field": "genres", "eq": "horror"}]},
 ]
 
@@ -102,9 +99,7 @@ async def test_many_at_once_get_each_their_own_answer(pools, generation, threads
     for i, ranking in enumerate(rankings):
         number, freshness = i % 5, i % 3
         history = world.HISTORIES[number]
-        scores = world.rerank_scores(
-            history, freshness=freshness, age=world.AGES[number], occupation=1 + number % 2
-        )
+        scores = world.rerank_scores(history, freshness=freshness, age=world.AGES[number], occupation=1 + number % 2)
         kept = world.best(world.prerank_scores(history), world.RERANK, but=history)
         expected = sorted(kept, key=lambda r, s=scores: -s[r])[:10]
         assert ranking.rows.tolist() == expected
@@ -117,9 +112,7 @@ async def test_more_shards_than_workers_wait_their_turn(pools, generation, funne
     answers = await asyncio.gather(*(pool.submit(s) for s in shards))
     for n, scores in enumerate(answers):
         rows = shards[n].candidates.rows
-        expected = world.rerank_scores(
-            world.HISTORIES[n % 5], age=world.AGES[n % 5], occupation=1 + n % 5 % 2
-        )
+        expected = world.rerank_scores(world.HISTORIES[n % 5], age=world.AGES[n % 5], occupation=1 + n % 5 % 2)
         np.testing.assert_allclose(scores, expected[rows], rtol=1e-5)
 
 
@@ -208,9 +201,7 @@ async def test_with_no_worker_alive_every_request_is_still_answered(generation, 
     os.kill(pool.pids()[0], signal.SIGKILL)
     await asyncio.wait_for(pool.restarted.wait(), 60)
     assert pool.n_alive == 0
-    ranking = await Funnel(generation, pool, threads).rank(
-        person(2, generation), Deadline(time.monotonic(), 0.2)
-    )
+    ranking = await Funnel(generation, pool, threads).rank(person(2, generation), Deadline(time.monotonic(), 0.2))
     assert len(ranking) == world.K
     assert {d.stage for d in ranking.degradations} >= {Stage.RERANKING}
     await replaced(pool)

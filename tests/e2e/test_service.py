@@ -63,12 +63,7 @@ def test_a_body_without_an_announced_length_is_cut_off_too(service):
 
 @pytest.mark.parametrize(
     "sent",
-    [
-        b"\x00\xff\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /v1/rank HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
-        b"",
-    ],
+    [b"\x00\xff\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/rank HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b""],
     ids=["noise", "version", "negative length", "nothing"],
 )
 def test_what_is_not_http_does_no_harm(service, sent):

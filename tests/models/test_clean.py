@@ -15,13 +15,7 @@ def test_titles_that_stand_twice_are_told_apart() -> None:
     titles = ["Cape Fear", "Cape Fear", "Hugo Pool", "Hugo Pool", "Heat"]
     year = np.array([1962, 1991, 1997, 1997, -1], np.int16)
     named = clean.distinct_titles(titles, year, np.arange(10, 15))
-    expected = [
-        "Cape Fear (1962)",
-        "Cape Fear (1991)",
-        "Hugo Pool (1997) #12",
-        "Hugo Pool (1997) #13",
-        "Heat",
-    ]
+    expected = ["Cape Fear (1962)", "Cape Fear (1991)", "Hugo Pool (1997) #12", "Hugo Pool (1997) #13", "Heat"]
     assert named.tolist() == expected
 
 

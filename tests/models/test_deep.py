@@ -61,9 +61,7 @@ def test_the_linear_stage_keeps_its_teacher_order_at_the_level_of_the_events() -
     rng = np.random.default_rng(0)
     features = rng.normal(size=(20_000, len(linear.NAMES))).astype(np.float32)
     taught = 1 / (1 + np.exp(-(features @ np.arange(1, 13) / 6 - 1.0)))
-    happened = (rng.uniform(size=len(taught)) < taught / 4).astype(
-        float
-    )  # the teacher is four times too high
+    happened = (rng.uniform(size=len(taught)) < taught / 4).astype(float)  # the teacher is four times too high
     fitted = linear.fit_linear(features, taught, happened)
     ratio = fitted.weights / np.arange(1, 13)
     np.testing.assert_allclose(ratio, ratio.mean(), rtol=0.02)

@@ -70,14 +70,10 @@ def test_carried_scores_land_on_the_re_rankers_scale(packed: Generation) -> None
 def test_typical_retrieval_score_is_the_median_of_what_is_found(packed: Generation) -> None:
     queries = evaluate.resolve(packed, [world.sample(n, world.ITEM_IDS.tolist()) for n in range(200)])
     found = [s.candidates.retrieval_scores for s in evaluate.score_through(packed, queries)]
-    assert packed.manifest.calibration.typical_retrieval_score == pytest.approx(
-        np.median(np.concatenate(found))
-    )
+    assert packed.manifest.calibration.typical_retrieval_score == pytest.approx(np.median(np.concatenate(found)))
 
 
-def test_the_same_inputs_make_the_same_files(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_inputs_make_the_same_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     first, second = (pack(source, tmp_path / name, say=silent) for name in ("first", "second"))
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
@@ -232,20 +228,14 @@ def wide_history(model: onnx.ModelProto) -> None:
     ("spoil", "sentence"),
     [
         (toml('name = "tiny"', "name = "), "not TOML"),
-        (
-            toml("[items]", "[items]\nembedings = 1"),
-            "items.embedings: no such key; allowed are ids, embeddings",
-        ),
+        (toml("[items]", "[items]\nembedings = 1"), "items.embedings: no such key; allowed are ids, embeddings"),
         (toml('version = "1"\n', ""), "version: is missing"),
         (toml('"year.npy"', '"years.npy"'), "items.tables.year: there is no file"),
         (toml("year = ", "row = "), "'row' can't name a table"),
         (toml('source = "user_embedding"', 'source = "user"'), "re_ranker.inputs.0.source: Input should be"),
         (toml("retrieve = 40", "retrieve = 0"), "funnel.retrieve: Input should be greater"),
         (toml('table = "year"', 'table = "yeer"'), "input year reads the item table yeer, which there isn't"),
-        (
-            toml('table = "year"', 'table = "title"'),
-            "input year reads the item table title, which there isn't",
-        ),
+        (toml('table = "year"', 'table = "title"'), "input year reads the item table title, which there isn't"),
         (
             toml("length = 5}", "length = 6}"),
             r"input history is .* \[1, 5, 8\], its source gives float32 \[n, 6, 8\]",
@@ -253,17 +243,11 @@ def wide_history(model: onnx.ModelProto) -> None:
         (toml('{name = "year"', '{name = "yr"'), "has no input yr; its inputs are user, item, history"),
         (toml('{name = "user", source = "user_embedding"},', ""), "input user is bound to no source"),
         (toml('field = "occupation", dtype = "int64"', 'field = "occupation"'), "input occupation is tensor"),
-        (
-            toml('[items.vocab]\ngenres = "', '[items.vocab]\ngenre = "'),
-            "items.vocab.genre: names no item table",
-        ),
+        (toml('[items.vocab]\ngenres = "', '[items.vocab]\ngenre = "'), "items.vocab.genre: names no item table"),
         (array("item_ids", put(1, 1000)), "items.ids: 1000 is there more than once"),
         (array("item_ids", lambda a: a.astype(np.float32)), r"items.ids: is float32 \[50\]"),
         (array("item_ids", lambda a: a[:0]), r"items.ids: is int64 \[0\]; allowed is one axis, not empty"),
-        (
-            array("item_embeddings", lambda a: a[:40]),
-            r"items.embeddings: is \[40, 8\]; .* each of the 50 ids",
-        ),
+        (array("item_embeddings", lambda a: a[:40]), r"items.embeddings: is \[40, 8\]; .* each of the 50 ids"),
         (array("item_embeddings", put((7, 3), np.nan)), "items.embeddings: row 7 is NaN or infinite"),
         (array("item_embeddings", lambda a: a.astype(np.float64)), "items.embeddings: is float64"),
         (
@@ -273,39 +257,24 @@ def wide_history(model: onnx.ModelProto) -> None:
         (array("year", put(9, np.inf)), "items.tables.year: row 9 is NaN or infinite"),
         (array("title", lambda a: a.astype("S")), r"items.tables.title: is \|S7; allowed are"),
         (array("user_ids", put(1, "ann")), "users.ids: 'ann' is there more than once"),
-        (
-            array("user_history", put((0, 0), 50)),
-            "users.history: holds -1 to 50; allowed are item rows, -1 to 49",
-        ),
+        (array("user_history", put((0, 0), 50)), "users.history: holds -1 to 50; allowed are item rows, -1 to 49"),
         (array("user_history", lambda a: a[:, ::-1]), "users.history: has a row after a -1"),
         (array("age", lambda a: np.stack([a, a], axis=1)), "users/age.npy: is"),
         (array("popular", put(0, 50)), "popular: holds 0 to 50; allowed are item rows, 0 to 49"),
         (array("popular", put(0, 3)), "popular: has a row twice"),
-        (
-            lambda f: (f / "genres.json").write_text("[1]"),
-            "items.vocab.genres: genres.json must be an object",
-        ),
-        (
-            lambda f: (f / "genres.json").write_text('{"a": 0.5}'),
-            "must be an object of category → whole number",
-        ),
+        (lambda f: (f / "genres.json").write_text("[1]"), "items.vocab.genres: genres.json must be an object"),
+        (lambda f: (f / "genres.json").write_text('{"a": 0.5}'), "must be an object of category → whole number"),
         (lambda f: (f / "year.npy").write_bytes(b"1950"), "items.tables.year: year.npy is no .npy array"),
         (samples(lambda s: s[:199]), "samples.jsonl has 199 requests; allowed is 200 or more"),
         (samples(lambda s: [*s, "{"]), "samples.jsonl: line 201 is not JSON"),
         (samples(lambda s: [*s, "[]"]), "line 201 is no object"),
-        (
-            samples(lambda s: ['{"k": 0}', *s]),
-            "sample request 1 is not one that this bundle could answer: k:",
-        ),
+        (samples(lambda s: ['{"k": 0}', *s]), "sample request 1 is not one that this bundle could answer: k:"),
         (samples(lambda s: ['{"context": {"hour": 3}}', *s]), "context.hour: no such feature"),
         (
             pre_ranker(names=np.array(["retrieval_score", "item.yeer", "candidate.bid"])),
             "item.yeer finds no item table",
         ),
-        (
-            pre_ranker(names=np.array(["retrieval_score", "luck", "candidate.bid"])),
-            "no feature is named luck",
-        ),
+        (pre_ranker(names=np.array(["retrieval_score", "luck", "candidate.bid"])), "no feature is named luck"),
         (
             pre_ranker(names=np.array(["item.genres.7", "item.genres.0", "item.year"])),
             "item.genres.7 finds no item table of that name and the right shape",
