@@ -12,7 +12,8 @@ To change                                   open
   one stage                                   stages/
   how shards reach processes                  workers/
   a feature                                   features.py
-  what a bundle holds, what is refused        bundle.py
+  what a manifest says, files verified        manifest.py
+  what a bundle holds, what is refused        bundle.py, binding.py
   what is known of a person                   users.py
   the wire: fields, limits                    wire.py
   routes, statuses, keys                      api.py, keys.py

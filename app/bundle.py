@@ -1,9 +1,9 @@
-"""Bundles: the contract between any trainer and the service. Manifest, verification, loading.
+"""Bundles: what is loaded, and that its parts fit each other.
 
 A bundle is a directory with everything that one version of the funnel needs; docs/bundle.md goes through its
-files. Loading believes nothing: every file is in the manifest with its size and SHA-256, no file is there that
-isn't, no link or path leaves the directory, models are made from the very bytes that were hashed, and shapes
-are checked against the models. Each refusal is one sentence that names the file (`BundleError`).
+files. Loading believes nothing: files are verified first (manifest.py), models are made from the very bytes that were
+hashed, and shapes are checked against the models (binding.py). Each refusal is one sentence that names the file
+(`BundleError`).
 
 A `Generation` is what is loaded and verified; warmup.py proves it on its golden requests before it serves.
 This module is long because the checks belong beside the loading that they guard.
@@ -11,161 +11,28 @@ This module is long because the checks belong beside the loading that they guard
 
 import hashlib
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import Field, RootModel, ValidationError, model_validator
+from pydantic import RootModel, ValidationError
 
+from app.binding import check_graph, check_names
 from app.errors import BundleError, StageFailed
-from app.features import HISTORY_FEATURES, ROW, FeatureSchema, ModelInput, Source, Strict, Tables, model_dtype
-from app.flow import Rows, Scores, sealed
+from app.features import FeatureSchema, Tables
+from app.flow import Rows, sealed
+from app.manifest import INDEX_KINDS, Manifest, read_manifest, verify_files
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
 NO_ROW = -1  # pads lists of rows
 
 faiss.omp_set_num_threads(1)  # one request, one core: parallelism is over requests and shards
-
-
-# ------------------------------------------------------------------------------------------ manifest
-
-
-class FileEntry(Strict):
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-
-
-class Recall(Strict):
-    """What the index reaches against exact search, measured by `pack` on sample requests."""
-
-    target: float
-    reached: float
-    at: int
-    n_queries: int
-
-
-# kind → FAISS's name of the class (its beginning), and the parameters of a search
-INDEX_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "flat": ("IndexFlat", ()),
-    "hnsw": ("IndexHNSW", ("efSearch",)),
-    "ivf_sq8": ("IndexIVFScalarQuantizer", ("nprobe",)),
-    "ivf_pq": ("IndexIVFPQ", ("nprobe",)),
-}
-
-
-class Retriever(Strict):
-    """An index over the item embeddings and the tower that makes its queries.
-
-    n: catalogue size. search: parameters of the index kind (nprobe, efSearch). overfetch: how many times
-    the width is fetched before the exact re-scoring from the embedding table; 1 for exact indexes.
-    """
-
-    name: str
-    kind: Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
-    tower: str = "user_tower.onnx"
-    index: str = "index.faiss"
-    n: int = Field(ge=1)
-    search: dict[Literal["nprobe", "efSearch"], int] = Field(default_factory=dict)
-    overfetch: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
-    recall: Recall
-
-    @model_validator(mode="after")
-    def _has_its_parameters(self) -> "Retriever":
-        needed = set(INDEX_KINDS[self.kind][1])
-        if set(self.search) != needed or any(value < 1 for value in self.search.values()):
-            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more")
-        return self
-
-
-class Budgets(Strict):
-    """By which share of the timeout each stage must have answered; see control/deadline.py."""
-
-    retrieval: float = Field(default=0.4, gt=0, le=1)
-    preranking: float = Field(default=0.55, gt=0, le=1)
-    reranking: float = Field(default=0.98, gt=0, le=1)
-
-
-class FunnelConfig(Strict):
-    """Widths in candidates; k when a request names none."""
-
-    retrieve: int = Field(default=500, ge=1, le=100_000)
-    rerank: int = Field(default=100, ge=1, le=10_000)
-    k: int = Field(default=10, ge=1, le=1_000)
-    exclude_history: bool = False
-    budgets: Budgets = Budgets()
-
-
-class Knots(Strict):
-    """A rising piecewise-linear function; beyond its ends it goes on with the slope of the end pieces."""
-
-    x: tuple[float, ...] = Field(min_length=2)
-    y: tuple[float, ...] = Field(min_length=2)
-
-    @model_validator(mode="after")
-    def _rises(self) -> "Knots":
-        rises = len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)
-        if not rises or not np.isfinite(self.x + self.y).all():
-            raise ValueError("calibration knots must be as many x as y, finite and strictly rising")
-        return self
-
-    def __call__(self, scores: Scores) -> Scores:
-        """f32[n] on this scale → f32[n] on the re-ranker's; keeps the order; NaN stays NaN."""
-        x, y = np.asarray(self.x), np.asarray(self.y)
-        at = np.clip(np.searchsorted(x, scores), 1, len(x) - 1)
-        slope = (y[at] - y[at - 1]) / (x[at] - x[at - 1])
-        return np.asarray(y[at - 1] + slope * (scores - x[at - 1]), np.float32)
-
-
-class Calibration(Strict):
-    """Earlier scores → the re-ranker's scale, fitted by `pack` on at least 200 sample requests.
-
-    typical_retrieval_score: the median over what retrieval finds; stands in where the tower failed.
-    """
-
-    retrieval: Knots
-    preranking: Knots
-    typical_retrieval_score: float
-    n_requests: int = Field(ge=1)
-
-
-class _Vocab(RootModel[dict[str, int]]):
-    """vocab/<name>.json."""
-
-
-class Golden(Strict):
-    """A request in wire form and what it must give, to 1e-4 of score."""
-
-    request: dict[str, Any]
-    items: tuple[int | str, ...]
-    scores: tuple[float, ...]
-
-
-class Manifest(Strict):
-    """manifest.json. `offline_metrics` is whatever the trainer measured; shown, never interpreted."""
-
-    format_version: Literal[1]
-    name: str = Field(min_length=1, max_length=100)
-    version: str = Field(min_length=1, max_length=100)
-    created: str
-    files: dict[str, FileEntry]
-    retrievers: tuple[Retriever] = Field(description="format 1 has exactly one")
-    funnel: FunnelConfig
-    features: FeatureSchema
-    calibration: Calibration
-    offline_metrics: dict[str, Any] = Field(default_factory=dict)
-    golden: tuple[Golden, ...] = ()
-
-
-# ----------------------------------------------------------------------------------- what is loaded
 
 
 class Ids:
@@ -327,57 +194,6 @@ def load_re_ranker(path: Path, digest: str) -> RerankerParts:
     return RerankerParts(digest, manifest.features, tables, _session(path, manifest, "re_ranker.onnx"))
 
 
-def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]:
-    """The manifest and its SHA-256. Raises BundleError."""
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such directory")
-    if file.is_symlink() or not file.is_file():
-        raise BundleError(f"{MANIFEST}: missing in {path}, or not a plain file")
-    raw = file.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if digest and found != digest:
-        raise BundleError(f"{MANIFEST}: its SHA-256 is {found}, expected {digest}")
-    try:
-        return Manifest.model_validate_json(raw), found
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"]) or "the document"
-        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from e
-
-
-def verify_files(path: Path, manifest: Manifest) -> None:
-    """Every file is listed, plain, of the stated size and SHA-256; nothing else is there."""
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise BundleError(f"{MANIFEST}: the file name {name!r} leaves the bundle's directory")
-    present = set(_walk(path))
-    for name in sorted(set(manifest.files) - present):
-        raise BundleError(f"{name}: listed in the manifest but missing")
-    for name in sorted(present - set(manifest.files) - {MANIFEST}):
-        raise BundleError(f"{name}: not listed in the manifest")
-    for name, entry in sorted(manifest.files.items()):
-        size = (path / name).stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{name}: has {size} bytes, the manifest says {entry.size}")
-        if sha256(path / name) != entry.sha256:
-            raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
-
-
-def _walk(path: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(path):
-        for name in folders + files:
-            if (Path(folder) / name).is_symlink():
-                raise BundleError(f"{(Path(folder) / name).relative_to(path)}: is a link; a bundle has none")
-        yield from ((Path(folder) / f).relative_to(path).as_posix() for f in files)
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _array(file: Path) -> NDArray[Any]:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
@@ -400,6 +216,10 @@ def _ids(folder: Path) -> Ids:
     if np.any(ordered[1:] <= ordered[:-1]):
         raise BundleError(f"{name}: ids are not unique, or id_order.npy is not their order")
     return Ids(ids, order)
+
+
+class _Vocab(RootModel[dict[str, int]]):
+    """vocab/<name>.json."""
 
 
 def _vocab(folder: Path) -> dict[str, dict[str, int]]:
@@ -485,9 +305,9 @@ def check_shapes(g: Generation) -> None:
         _check_users(g.users, n, g.manifest.features)
     if g.pre_ranker.names != g.manifest.features.pre_ranker:
         raise BundleError("pre_ranker.npz: its feature names are not those of the manifest's schema")
-    _check_names(g)
-    _check_graph(g, g.user_tower, retriever.tower, g.manifest.features.user_tower)
-    _check_graph(g, g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker)
+    check_names(g.manifest.features, g.tables)
+    check_graph(g.user_tower, retriever.tower, g.manifest.features.user_tower, g.tables)
+    check_graph(g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker, g.tables)
 
 
 def _are_rows(rows: NDArray[Any], n: int, lowest: int = 0) -> bool:
@@ -505,78 +325,3 @@ def _check_users(users: Users, n: int, features: FeatureSchema) -> None:
     history, n_users = users.history, len(users.ids)
     if history is not None and (history.ndim != 2 or len(history) != n_users or not _are_rows(history, n, NO_ROW)):
         raise BundleError(f"users/history.npy: must hold item rows (-1 pads) for {n_users} users")
-
-
-def _check_names(g: Generation) -> None:
-    """The linear pre-ranker's features exist, and what they read has the form that their definition asks."""
-    fields = g.manifest.features.fields
-    for name in g.pre_ranker.names:
-        kind, _, argument = name.partition(".")
-        table = g.tables.get(argument.partition(".")[0])
-        if kind in ("retrieval_score", "history_log_count"):
-            continue
-        if name in fields:
-            if math.prod(fields[name].shape) != 1:
-                raise BundleError(f"pre_ranker.npz: {name} is {fields[name].shape}, a feature is one number")
-        elif kind != "item" and kind not in HISTORY_FEATURES:
-            raise BundleError(f"pre_ranker.npz: no feature is named {name}")
-        elif table is None or not _is_readable(kind, argument.partition(".")[2], table):
-            raise BundleError(f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
-
-
-def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:
-    """Whether the feature of this kind can be made from this table; see features.named_features."""
-    if table.dtype.kind not in "fiu" or table.ndim > 2 or (column and kind != "item"):
-        return False
-    if kind == "item":
-        return (
-            int(column) < table.shape[1] if column.isdecimal() and table.ndim == 2 else table.ndim == 1 > len(column)
-        )
-    if kind == "history_overlap":
-        return table.dtype.kind in "iu"
-    return table.ndim == (1 if kind == "history_gap" else 2)
-
-
-def _check_graph(g: Generation, session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...]) -> None:
-    """Every input of the graph is bound once, and what is bound has the graph's type and shape."""
-    graph = {i.name: i for i in session.get_inputs()}
-    bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
-    for name in sorted({name for name in bound if bound.count(name) > 1}):
-        raise BundleError(f"{file}: input {name} is bound more than once")
-    for name in sorted(set(graph) ^ set(bound)):
-        raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}")
-    for i in inputs:
-        _check_input(graph[i.name], *_bound_shape(g, i, file), file)
-        if i.mask:
-            _check_input(graph[i.mask], np.float32, (i.length,), file)
-
-
-def _check_input(node: ort.NodeArg, dtype: type, shape: tuple[int, ...], file: str) -> None:
-    """An input of a graph has this type and, after the first axis, this shape; open axes take any size."""
-    want = {"tensor(float)": np.float32, "tensor(int64)": np.int64}.get(node.type)
-    axes = node.shape[1:]
-    fits = len(axes) == len(shape) and all(
-        not isinstance(axis, int) or axis == size for axis, size in zip(axes, shape, strict=True)
-    )
-    if want is not dtype or not fits:
-        raise BundleError(
-            f"{file}: input {node.name} is {node.type} {node.shape}, "
-            f"its source gives {dtype.__name__} [n, {', '.join(map(str, shape))}]"
-        )
-
-
-def _bound_shape(g: Generation, i: ModelInput, file: str) -> tuple[type, tuple[int, ...]]:
-    """Type and shape (without the first axis) of what the schema gives this input."""
-    if i.source in (Source.HISTORY, Source.ITEM_TABLE):
-        lead = (i.length,) if i.source is Source.HISTORY else ()
-        if i.table == ROW:
-            return np.int64, lead
-        if i.table not in g.tables or g.tables[str(i.table)].dtype.kind == "U":
-            raise BundleError(f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
-        table = g.tables[str(i.table)]
-        return model_dtype(table), lead + table.shape[1:]
-    if i.source in (Source.USER_EMBEDDING, Source.ITEM_EMBEDDING):
-        return np.float32, (g.d,)
-    if i.source is Source.RETRIEVAL_SCORE:
-        return np.float32, ()
-    return np.dtype(i.dtype).type, i.shape

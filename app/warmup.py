@@ -11,11 +11,12 @@ import numpy as np
 import orjson
 
 from app import users, wire
-from app.bundle import Generation, Golden
+from app.bundle import Generation
 from app.control.deadline import Deadline
 from app.errors import BundleError, ClientError
 from app.flow import Query, Ranking
 from app.funnel import Funnel, offline_funnel
+from app.manifest import Golden
 
 TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 on scores near 1
 UNHURRIED_S = 600.0

@@ -6,7 +6,7 @@ front of it, so that the service still sends it once. Scores leave as f32[n].
 
 The rule that must hold: a row's score depends on that row and the request alone. `check_rows_alone` proves it
 on real rows, because nothing in a graph's text shows it (batch norm in training mode, softmax over the batch,
-dynamic quantisation). app/bundle.py checks shapes again when it loads.
+dynamic quantisation). app/binding.py checks shapes again when it loads.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -22,7 +22,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import Recall
+from app.manifest import Recall
 
 Kind = Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
 Rows = NDArray[np.int64]

@@ -24,30 +24,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from app.bundle import (
-    ITEMS,
-    MANIFEST,
-    USERS,
-    VOCAB,
-    Calibration,
-    FileEntry,
-    Generation,
-    Golden,
-    Ids,
-    Knots,
-    Manifest,
-    PreRanker,
-    Recall,
-    Retriever,
-    Users,
-    check_shapes,
-    load,
-    open_session,
-    sha256,
-)
+from app.bundle import ITEMS, USERS, VOCAB, Generation, Ids, PreRanker, Users, check_shapes, load, open_session
 from app.errors import BundleError
 from app.features import FeatureSchema
 from app.flow import Candidates, Origin, Query, sealed
+from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manifest, Recall, Retriever, sha256
 from models import evaluate, graph, index, score_scale
 from models.pack_config import PackConfig, PackError, read_config
 from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies

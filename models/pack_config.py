@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
 
-from app.bundle import FunnelConfig
 from app.features import ROW, ModelInput, Strict
+from app.manifest import FunnelConfig
 from app.settings import Limits
 
 RESERVED = ("ids", "id_order", "embedding", ROW)

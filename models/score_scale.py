@@ -3,13 +3,13 @@
 Candidates are put in bins by the earlier score, finer towards the top, where it matters who is above whom; each
 bin has its mean re-rank score; pool-adjacent-violators makes the means rise. Pure arithmetic: which
 candidates are looked at is evaluate.py's business, and the piecewise-linear function itself is `Knots`
-in app/bundle.py.
+in app/manifest.py.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import Knots
+from app.manifest import Knots
 
 Array = NDArray[np.float64]
 

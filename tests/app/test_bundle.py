@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.__main__ import main
-from app.bundle import NO_ROW, Ids, Knots, load
+from app.bundle import NO_ROW, Ids, load
 from app.errors import BundleError
+from app.manifest import Knots
 from app.warmup import prove
 from tests import world
 from tests.seal import reseal

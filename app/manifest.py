@@ -1,0 +1,197 @@
+"""The manifest: what a bundle says of itself, and whether its files are those that the manifest lists.
+
+It owns manifest.json's schema, its reading, and the verification of files: each is listed with its size and
+SHA-256, no file is there that isn't, no link or path leaves the directory. It opens no array, index or graph
+(bundle.py). Each refusal is one sentence that names the file (`BundleError`).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from app.errors import BundleError
+from app.features import FeatureSchema, Strict
+from app.flow import Scores
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(Strict):
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Recall(Strict):
+    """What the index reaches against exact search, measured by `pack` on sample requests."""
+
+    target: float
+    reached: float
+    at: int
+    n_queries: int
+
+
+# kind → FAISS's name of the class (its beginning), and the parameters of a search
+INDEX_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "flat": ("IndexFlat", ()),
+    "hnsw": ("IndexHNSW", ("efSearch",)),
+    "ivf_sq8": ("IndexIVFScalarQuantizer", ("nprobe",)),
+    "ivf_pq": ("IndexIVFPQ", ("nprobe",)),
+}
+
+
+class Retriever(Strict):
+    """An index over the item embeddings and the tower that makes its queries.
+
+    n: catalogue size. search: parameters of the index kind (nprobe, efSearch). overfetch: how many times
+    the width is fetched before the exact re-scoring from the embedding table; 1 for exact indexes.
+    """
+
+    name: str
+    kind: Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
+    tower: str = "user_tower.onnx"
+    index: str = "index.faiss"
+    n: int = Field(ge=1)
+    search: dict[Literal["nprobe", "efSearch"], int] = Field(default_factory=dict)
+    overfetch: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
+    recall: Recall
+
+    @model_validator(mode="after")
+    def _has_its_parameters(self) -> "Retriever":
+        needed = set(INDEX_KINDS[self.kind][1])
+        if set(self.search) != needed or any(value < 1 for value in self.search.values()):
+            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more")
+        return self
+
+
+class Budgets(Strict):
+    """By which share of the timeout each stage must have answered; see control/deadline.py."""
+
+    retrieval: float = Field(default=0.4, gt=0, le=1)
+    preranking: float = Field(default=0.55, gt=0, le=1)
+    reranking: float = Field(default=0.98, gt=0, le=1)
+
+
+class FunnelConfig(Strict):
+    """Widths in candidates; k when a request names none."""
+
+    retrieve: int = Field(default=500, ge=1, le=100_000)
+    rerank: int = Field(default=100, ge=1, le=10_000)
+    k: int = Field(default=10, ge=1, le=1_000)
+    exclude_history: bool = False
+    budgets: Budgets = Budgets()
+
+
+class Knots(Strict):
+    """A rising piecewise-linear function; beyond its ends it goes on with the slope of the end pieces."""
+
+    x: tuple[float, ...] = Field(min_length=2)
+    y: tuple[float, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Knots":
+        rises = len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)
+        if not rises or not np.isfinite(self.x + self.y).all():
+            raise ValueError("calibration knots must be as many x as y, finite and strictly rising")
+        return self
+
+    def __call__(self, scores: Scores) -> Scores:
+        """f32[n] on this scale → f32[n] on the re-ranker's; keeps the order; NaN stays NaN."""
+        x, y = np.asarray(self.x), np.asarray(self.y)
+        at = np.clip(np.searchsorted(x, scores), 1, len(x) - 1)
+        slope = (y[at] - y[at - 1]) / (x[at] - x[at - 1])
+        return np.asarray(y[at - 1] + slope * (scores - x[at - 1]), np.float32)
+
+
+class Calibration(Strict):
+    """Earlier scores → the re-ranker's scale, fitted by `pack` on at least 200 sample requests.
+
+    typical_retrieval_score: the median over what retrieval finds; stands in where the tower failed.
+    """
+
+    retrieval: Knots
+    preranking: Knots
+    typical_retrieval_score: float
+    n_requests: int = Field(ge=1)
+
+
+class Golden(Strict):
+    """A request in wire form and what it must give, to 1e-4 of score."""
+
+    request: dict[str, Any]
+    items: tuple[int | str, ...]
+    scores: tuple[float, ...]
+
+
+class Manifest(Strict):
+    """manifest.json. `offline_metrics` is whatever the trainer measured; shown, never interpreted."""
+
+    format_version: Literal[1]
+    name: str = Field(min_length=1, max_length=100)
+    version: str = Field(min_length=1, max_length=100)
+    created: str
+    files: dict[str, FileEntry]
+    retrievers: tuple[Retriever] = Field(description="format 1 has exactly one")
+    funnel: FunnelConfig
+    features: FeatureSchema
+    calibration: Calibration
+    offline_metrics: dict[str, Any] = Field(default_factory=dict)
+    golden: tuple[Golden, ...] = ()
+
+
+# --------------------------------------------------------------------------- reading and verification
+
+
+def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]:
+    """The manifest and its SHA-256. Raises BundleError."""
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such directory")
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"{MANIFEST}: missing in {path}, or not a plain file")
+    raw = file.read_bytes()
+    found = hashlib.sha256(raw).hexdigest()
+    if digest and found != digest:
+        raise BundleError(f"{MANIFEST}: its SHA-256 is {found}, expected {digest}")
+    try:
+        return Manifest.model_validate_json(raw), found
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "the document"
+        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from e
+
+
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Every file is listed, plain, of the stated size and SHA-256; nothing else is there."""
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise BundleError(f"{MANIFEST}: the file name {name!r} leaves the bundle's directory")
+    present = set(_walk(path))
+    for name in sorted(set(manifest.files) - present):
+        raise BundleError(f"{name}: listed in the manifest but missing")
+    for name in sorted(present - set(manifest.files) - {MANIFEST}):
+        raise BundleError(f"{name}: not listed in the manifest")
+    for name, entry in sorted(manifest.files.items()):
+        size = (path / name).stat().st_size
+        if size != entry.size:
+            raise BundleError(f"{name}: has {size} bytes, the manifest says {entry.size}")
+        if sha256(path / name) != entry.sha256:
+            raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
+
+
+def _walk(path: Path) -> Iterable[str]:
+    for folder, folders, files in os.walk(path):
+        for name in folders + files:
+            if (Path(folder) / name).is_symlink():
+                raise BundleError(f"{(Path(folder) / name).relative_to(path)}: is a link; a bundle has none")
+        yield from ((Path(folder) / f).relative_to(path).as_posix() for f in files)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
