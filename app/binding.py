@@ -80,12 +80,10 @@ def _bound_shape(tables: Tables, i: ModelInput, file: str) -> tuple[type, tuple[
 
 def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:
     """Whether the feature of this kind can be made from this table; see features.named_features."""
-    if table.dtype.kind not in "fiu" or table.ndim > 2 or (column and kind != "item"):
+    if table.dtype.kind not in "fiu" or (column and kind != "item"):
         return False
-    if kind == "item":
-        return (
-            int(column) < table.shape[1] if column.isdecimal() and table.ndim == 2 else table.ndim == 1 > len(column)
-        )
+    if column:
+        return table.ndim == 2 and column.isdecimal() and int(column) < table.shape[1]
     if kind == "history_overlap":
-        return table.dtype.kind in "iu"
-    return table.ndim == (1 if kind == "history_gap" else 2)
+        return table.dtype.kind in "iu" and table.ndim <= 2
+    return table.ndim == (1 if kind in ("item", "history_gap") else 2)

@@ -47,9 +47,7 @@ class Ids:
 
     def rows(self, wanted: Sequence[int | str]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
-        fits = [self._can_hold(w) for w in wanted]
-        if not any(fits):
-            return np.full(len(wanted), NO_ROW, np.int64)
+        fits = np.array([self._can_hold(w) for w in wanted], bool)
         blank: int | str = "" if self.is_text else 0
         # In the table's own type: a search for another type would first convert all ids.
         keys = np.array([w if fit else blank for w, fit in zip(wanted, fits, strict=True)], self.ids.dtype)
@@ -157,14 +155,12 @@ def load(path: Path, digest: str | None = None) -> Generation:
     """
     manifest, found = read_manifest(path, digest)
     verify_files(path, manifest)
-    tables = _tables(path / ITEMS, "ids", "id_order")
-    ids = _ids(path / ITEMS)
     generation = Generation(
         path=path,
         digest=found,
         manifest=manifest,
-        ids=ids,
-        tables=tables,
+        ids=_ids(path / ITEMS),
+        tables=_tables(path / ITEMS, "ids", "id_order"),
         vocab=_vocab(path / VOCAB),
         users=_users(path / USERS),
         popular=_rows(path / "popular.npy"),

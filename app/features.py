@@ -58,7 +58,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelInput(Strict):
+class FieldSpec(Strict):
+    """A value that a request (or the user table) may hold: numbers of a fixed shape, or a category."""
+
+    dtype: Literal["float32", "int64"] = "float32"
+    shape: tuple[int, ...] = (1,)
+    default: float = 0.0
+
+    def filled(self, n: int = 1) -> Array:
+        """n rows of the default, [n, *shape]."""
+        return np.full((n, *self.shape), self.default, self.dtype)
+
+
+class ModelInput(FieldSpec):
     """Binds one input of a graph, by name, to its source.
 
     table: for `history` and `item_table`; "row" gives row numbers. field, dtype, shape, default: for what a
@@ -70,9 +82,6 @@ class ModelInput(Strict):
     source: Source
     table: str | None = None
     field: str | None = None
-    dtype: Literal["float32", "int64"] = "float32"
-    shape: tuple[int, ...] = (1,)
-    default: float = 0.0
     length: int = Field(default=0, ge=0, le=1_000)
     mask: str | None = None
 
@@ -97,18 +106,6 @@ class ModelInput(Strict):
         return f"{FIELD_PREFIX[self.source]}.{self.field}"
 
 
-class FieldSpec(Strict):
-    """A value that a request (or the user table) may hold: numbers of a fixed shape, or a category."""
-
-    dtype: Literal["float32", "int64"] = "float32"
-    shape: tuple[int, ...] = (1,)
-    default: float = 0.0
-
-    def filled(self, n: int = 1) -> Array:
-        """n rows of the default, [n, *shape]."""
-        return np.full((n, *self.shape), self.default, self.dtype)
-
-
 class FeatureSchema(Strict):
     """Everything the models of a bundle read, and from where."""
 
@@ -123,15 +120,12 @@ class FeatureSchema(Strict):
     @property
     def fields(self) -> dict[str, FieldSpec]:
         """Every field by its key; what only the pre-ranker reads is one float32."""
-        specs = {
+        of_pre_ranker = {
             f"{kind}.{name}": FieldSpec()
             for kind, _, name in (feature.partition(".") for feature in self.pre_ranker)
             if kind in FIELD_PREFIX.values()
         }
-        for i in self.inputs:
-            if i.source in FIELD_PREFIX:
-                specs[i.key] = FieldSpec(dtype=i.dtype, shape=i.shape, default=i.default)
-        return specs
+        return of_pre_ranker | {i.key: i for i in self.inputs if i.source in FIELD_PREFIX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +190,7 @@ def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]
         elif i.source is Source.USER_EMBEDDING:
             arrays[i.name] = candidates.user_embedding[None]
         elif i.source is Source.CANDIDATE:
-            spec = FieldSpec(dtype=i.dtype, shape=i.shape, default=i.default)
-            arrays[i.name] = given.candidate_fields.get(i.key, spec.filled(n))
+            arrays[i.name] = given.candidate_fields.get(i.key, i.filled(n))
     return arrays
 
 
@@ -244,9 +237,9 @@ def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]])
         return given.person.fields[name].reshape(())
     if kind == "history_log_count":
         return np.log1p(len(given.person.history))
-    if kind not in HISTORY_FEATURES:
+    if kind not in HISTORY_FEATURES or argument not in given.tables:
         raise KeyError(f"no feature named {name}")
-    return HISTORY_FEATURES[kind](argument, given, similarity)
+    return HISTORY_FEATURES[kind](argument, given, similarity) if len(given.person.history) else 0.0
 
 
 def _similarities(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -260,26 +253,21 @@ def _similarities(table: str, given: Inputs, cache: dict[str, NDArray[np.float32
 
 
 def _history_max(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    products = _similarities(table, given, cache)
-    return products.max(axis=1) if products.shape[1] else 0.0
+    return _similarities(table, given, cache).max(axis=1)
 
 
 def _history_mean(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    products = _similarities(table, given, cache)
-    return products.mean(axis=1) if products.shape[1] else 0.0
+    return _similarities(table, given, cache).mean(axis=1)
 
 
 def _history_last(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    products = _similarities(table, given, cache)
-    return products[:, 0] if products.shape[1] else 0.0
+    return _similarities(table, given, cache)[:, 0]
 
 
 def _history_overlap(table: str, given: Inputs, _: object) -> Any:
     values = given.tables[table].reshape(len(given.tables[table]), -1)
     newest = values[given.person.history[::-1][:HISTORY_READ]]
     mine = values[given.candidates.rows]
-    if not len(newest):
-        return 0.0
     # How often each value stands in the history's items, counted once an item.
     seen, counts = np.unique(np.concatenate([np.unique(row[row >= 0]) for row in newest]), return_counts=True)
     if not len(seen):
@@ -291,8 +279,6 @@ def _history_overlap(table: str, given: Inputs, _: object) -> Any:
 
 def _history_gap(table: str, given: Inputs, _: object) -> Any:
     values, newest = given.tables[table], given.person.history[::-1][:HISTORY_READ]
-    if not len(newest):
-        return 0.0
     mean = np.asarray(values[newest], np.float32).mean()
     return np.abs(np.asarray(values[given.candidates.rows], np.float32) - mean)
 
