@@ -43,7 +43,9 @@ async def rank_offline(funnel: Funnel, query: Query, watched: tuple[int, ...] = 
 
 
 async def prove(generation: Generation) -> None:
-    """Run the golden requests. Raises BundleError that names the first that isn't reproduced."""
+    """Run the golden requests. Raises BundleError if none gives an item, or that names the first not reproduced."""
+    if not any(golden.items for golden in generation.manifest.golden):
+        raise BundleError("manifest.json: golden must hold a request that gives items; without one nothing is proved")
     with ThreadPoolExecutor(1, "prove") as threads:
         for number, golden in enumerate(generation.manifest.golden):
             await _prove_one(generation, golden, number, threads)
@@ -60,8 +62,9 @@ async def _prove_one(generation: Generation, golden: Golden, number: int, thread
         lost = ranking.degradations[0]
         raise BundleError(f"{where} fails in {lost.stage.label} ({lost.reason})")
     found = dict(zip(generation.ids.external(ranking.rows), ranking.scores.tolist(), strict=True))
-    if len(found) != len(golden.items):
-        raise BundleError(f"{where} gives {len(found)} items, the manifest says {len(golden.items)}")
+    if not len(found) == len(golden.items) == len(golden.scores):
+        n = f"{len(golden.items)} with {len(golden.scores)} scores"
+        raise BundleError(f"{where} gives {len(found)} items, the manifest says {n}")
     for item, expected, at_place in zip(golden.items, golden.scores, ranking.scores.tolist(), strict=True):
         # Where two items changed places, both scores must still be what they were: a tie, to the tolerance.
         if item not in found or not np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE):

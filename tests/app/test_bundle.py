@@ -425,6 +425,8 @@ async def unproven(bundle: Path) -> str:
     [
         lambda golden: golden.update(scores=[golden["scores"][0] + 0.01, *golden["scores"][1:]]),
         lambda golden: golden["items"].__setitem__(0, world.item_id(49)),
+        lambda golden: golden["items"].pop(),
+        lambda golden: golden["scores"].pop(),
         lambda golden: golden["request"].update(filters=[{"field": "colour", "eq": 1}]),
         lambda golden: golden["request"].update(k="many"),
     ],
@@ -432,6 +434,15 @@ async def unproven(bundle: Path) -> str:
 async def test_a_golden_request_that_does_not_reproduce_is_refused(copy, change):
     reseal(copy, lambda m: change(m["golden"][0]))
     assert (await unproven(copy)).startswith("manifest.json: golden request 0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.pop("golden"), lambda m: m.update(golden=[]), lambda m: [g.update(items=[]) for g in m["golden"]]],
+)
+async def test_a_bundle_with_nothing_to_prove_is_refused(copy, change):
+    reseal(copy, change)
+    assert (await unproven(copy)).startswith("manifest.json: golden must hold a request")
 
 
 async def test_a_model_that_fails_on_a_golden_request_is_refused(copy):
