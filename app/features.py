@@ -13,7 +13,7 @@ as i64.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ Tables = Mapping[str, Array]  # item tables by name, each [N, ...]
 
 HISTORY_READ = 50  # items that history_* features look at; more changes nothing measurable on MovieLens
 ROW = "row"  # pseudo-table: the row number itself
+CANDIDATE_FIELDS = 64  # at most: a shard's record says with a bit for each which were sent (workers/messages.py)
 
 
 class Source(StrEnum):
@@ -53,17 +54,30 @@ PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.R
 
 
 class Strict(BaseModel):
-    """Unknown keys are refused; what is read stays as it is."""
+    """Unknown keys, NaN and Infinity are refused; what is read stays as it is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FieldSpec(Strict):
     """A value that a request (or the user table) may hold: numbers of a fixed shape, or a category."""
 
     dtype: Literal["float32", "int64"] = "float32"
-    shape: tuple[int, ...] = (1,)
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     default: float = 0.0
+
+    @model_validator(mode="after")
+    def _holds_its_default(self) -> "FieldSpec":
+        if not self.holds(self.default):
+            raise ValueError(f"`default` {self.default:g} is no {self.dtype}")
+        return self
+
+    def holds(self, values: Any) -> bool:
+        """Whether the field's type holds these numbers: whole ones up to 2^53 for int64, what float32 reaches."""
+        exact = np.asarray(values, np.float64)
+        is_whole = self.dtype == "float32" or np.array_equal(exact, np.floor(exact))
+        largest = np.finfo(np.float32).max if self.dtype == "float32" else 2.0**53
+        return bool(is_whole and np.all(np.abs(exact) <= largest))
 
     def filled(self, n: int = 1) -> Array:
         """n rows of the default, [n, *shape]."""
@@ -112,6 +126,13 @@ class FeatureSchema(Strict):
     user_tower: tuple[ModelInput, ...]
     re_ranker: tuple[ModelInput, ...]
     pre_ranker: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _fits_a_shards_record(self) -> "FeatureSchema":
+        n = sum(key.startswith("candidate.") for key in self.fields)
+        if n > CANDIDATE_FIELDS:
+            raise ValueError(f"{n} fields of candidates are read; allowed are {CANDIDATE_FIELDS}")
+        return self
 
     @property
     def inputs(self) -> tuple[ModelInput, ...]:

@@ -105,9 +105,7 @@ def field_value(where: str, value: Any, spec: FieldSpec, vocab: Mapping[str, int
         exact = np.asarray(value, np.float64).reshape(1, *spec.shape)
     except ValueError as e:
         raise InvalidRequest(FieldError(where, shown(value), _form(spec))) from e
-    largest = np.finfo(np.float32).max if spec.dtype == "float32" else 2.0**53
-    is_whole = spec.dtype == "float32" or bool(np.all(exact == np.floor(exact)))
-    if not is_whole or np.abs(exact).max(initial=0.0) > largest:
+    if not spec.holds(exact):
         raise InvalidRequest(FieldError(where, shown(value), f"{_form(spec)} of type {spec.dtype}"))
     return exact.astype(spec.dtype)
 

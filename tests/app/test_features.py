@@ -159,11 +159,28 @@ def test_item_inputs_have_a_row_for_each_candidate():
         ({"source": "retrieval_score", "length": 1}, "`length`"),
         ({"source": "text"}, "source"),
         ({"source": "item_embedding", "tabel": "x"}, "tabel"),
+        ({"source": "candidate", "field": "bid", "shape": [2, 0]}, "shape"),
+        ({"source": "candidate", "field": "bid", "shape": [-1]}, "shape"),
+        ({"source": "context", "field": "hour", "default": "NaN"}, "finite"),
+        ({"source": "context", "field": "hour", "default": "-Infinity"}, "finite"),
+        ({"source": "context", "field": "hour", "default": 1e39}, "`default` 1e\\+39 is no float32"),
+        ({"source": "context", "field": "hour", "dtype": "int64", "default": 0.5}, "`default` 0.5 is no int64"),
+        ({"source": "context", "field": "hour", "dtype": "int64", "default": 2e16}, "`default` 2e\\+16 is no int64"),
     ],
 )
 def test_a_binding_without_what_its_source_needs_is_refused(binding, why):
     with pytest.raises(ValueError, match=why):
         ModelInput.model_validate({"name": "x"} | binding)
+
+
+@pytest.mark.parametrize(("n_inputs", "n_features"), [(64, 0), (0, 64), (40, 24)])
+def test_no_more_candidate_fields_than_a_shards_record_has_bits(n_inputs, n_features):
+    inputs = [{"name": f"x{i}", "source": "candidate", "field": f"x{i}"} for i in range(n_inputs)]
+    features = [f"candidate.y{i}" for i in range(n_features)]
+    schema = {"user_tower": [], "re_ranker": inputs, "pre_ranker": features}
+    assert len(FeatureSchema.model_validate(schema).fields) == 64
+    with pytest.raises(ValueError, match="65 fields of candidates are read; allowed are 64"):
+        FeatureSchema.model_validate(schema | {"pre_ranker": [*features, "candidate.z", "context.hour"]})
 
 
 def test_the_schema_lists_every_field_once_with_its_form():
