@@ -51,14 +51,10 @@ def _check_input(node: ort.NodeArg, dtype: type, shape: tuple[int, ...], file: s
     """An input of a graph has this type and, after the first axis, this shape; open axes take any size."""
     want = {"tensor(float)": np.float32, "tensor(int64)": np.int64}.get(node.type)
     axes = node.shape[1:]
-    fits = len(axes) == len(shape) and all(
-        not isinstance(axis, int) or axis == size for axis, size in zip(axes, shape, strict=True)
-    )
+    fits = len(axes) == len(shape) and all(a == s or not isinstance(a, int) for a, s in zip(axes, shape, strict=True))
     if want is not dtype or not fits:
-        raise BundleError(
-            f"{file}: input {node.name} is {node.type} {node.shape}, "
-            f"its source gives {dtype.__name__} [n, {', '.join(map(str, shape))}]"
-        )
+        gives = f"{dtype.__name__} [n, {', '.join(map(str, shape))}]"
+        raise BundleError(f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {gives}")
 
 
 def _bound_shape(tables: Tables, i: ModelInput, file: str) -> tuple[type, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from app.binding import check_graph, check_names
 from app.errors import BundleError, StageFailed
 from app.features import FeatureSchema, Tables
 from app.flow import Rows, sealed
-from app.manifest import INDEX_KINDS, Manifest, read_manifest, verify_files
+from app.manifest import INDEX_KINDS, Manifest, read_manifest, reading, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
 NO_ROW = -1  # pads lists of rows
@@ -154,6 +154,7 @@ def load(path: Path, digest: str | None = None) -> Generation:
     Raises: BundleError, one sentence that names the file.
     """
     manifest, found = read_manifest(path, digest)
+    path = path.resolve()  # workers find it again, though a link that led here is switched
     verify_files(path, manifest)
     generation = Generation(
         path=path,
@@ -223,7 +224,7 @@ def _vocab(folder: Path) -> dict[str, dict[str, int]]:
     for file in sorted(folder.glob("*.json")):
         try:
             vocab[file.stem] = _Vocab.model_validate_json(file.read_bytes()).root
-        except ValidationError as e:
+        except (OSError, ValidationError) as e:
             raise BundleError(f"vocab/{file.name}: must be an object of category → number") from e
     return vocab
 
@@ -261,7 +262,8 @@ def _index(path: Path, manifest: Manifest) -> faiss.Index:
 
 
 def _session(path: Path, manifest: Manifest, name: str) -> ort.InferenceSession:
-    model = _listed(path, manifest, name).read_bytes()
+    with reading(name):
+        model = _listed(path, manifest, name).read_bytes()
     if hashlib.sha256(model).hexdigest() != manifest.files[name].sha256:
         raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
     return open_session(model, name)

@@ -1,13 +1,14 @@
 """The manifest: what a bundle says of itself, and whether its files are those that the manifest lists.
 
 It owns manifest.json's schema, its reading, and the verification of files: each is listed with its size and
-SHA-256, no file is there that isn't, no link or path leaves the directory. It opens no array, index or graph
-(bundle.py). Each refusal is one sentence that names the file (`BundleError`).
+SHA-256, no file is there that isn't, no link or path leaves the directory, and only plain files are opened. What is
+in the arrays, the index and the graphs is bundle.py's. Each refusal is one sentence that names the file
+(`BundleError`).
 """
 
 import hashlib
-import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from app.features import FeatureSchema, Strict
 from app.flow import Scores
 
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 64 * 2**20  # at most: room for 400,000 files at ~160 bytes an entry
 
 
 class FileEntry(Strict):
@@ -94,8 +96,7 @@ class Knots(Strict):
 
     @model_validator(mode="after")
     def _rises(self) -> "Knots":
-        rises = len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)
-        if not rises:
+        if not (len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)):
             raise ValueError("calibration knots must be as many x as y, strictly rising")
         return self
 
@@ -149,11 +150,14 @@ class Manifest(Strict):
 def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]:
     """The manifest and its SHA-256. Raises BundleError."""
     file = path / MANIFEST
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such directory")
-    if file.is_symlink() or not file.is_file():
-        raise BundleError(f"{MANIFEST}: missing in {path}, or not a plain file")
-    raw = file.read_bytes()
+    with reading(MANIFEST):
+        if not path.is_dir():
+            raise BundleError(f"{path}: no such directory")
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{MANIFEST}: missing in {path}, or not a plain file")
+        if file.stat().st_size > MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST}: has {file.stat().st_size} bytes; allowed are {MANIFEST_BYTES}")
+        raw = file.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
     if digest and found != digest:
         raise BundleError(f"{MANIFEST}: its SHA-256 is {found}, expected {digest}")
@@ -176,22 +180,41 @@ def verify_files(path: Path, manifest: Manifest) -> None:
     for name in sorted(present - set(manifest.files) - {MANIFEST}):
         raise BundleError(f"{name}: not listed in the manifest")
     for name, entry in sorted(manifest.files.items()):
-        size = (path / name).stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{name}: has {size} bytes, the manifest says {entry.size}")
-        if sha256(path / name) != entry.sha256:
-            raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
+        with reading(name):
+            size = (path / name).stat().st_size
+            if size != entry.size:
+                raise BundleError(f"{name}: has {size} bytes, the manifest says {entry.size}")
+            if sha256(path / name) != entry.sha256:
+                raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
 
 
-def _walk(path: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(path):
-        for name in folders + files:
-            if (Path(folder) / name).is_symlink():
-                raise BundleError(f"{(Path(folder) / name).relative_to(path)}: is a link; a bundle has none")
-        yield from ((Path(folder) / f).relative_to(path).as_posix() for f in files)
+def _walk(path: Path) -> Iterator[str]:
+    """The names of all files, none of them opened: to open a FIFO could take for ever."""
+    folders = [path]
+    for folder in folders:  # grows
+        with reading(folder.relative_to(path).as_posix()):
+            for file in folder.iterdir():
+                name = file.relative_to(path).as_posix()
+                if file.is_symlink():
+                    raise BundleError(f"{name}: is a link; a bundle has none")
+                if file.is_dir():
+                    folders.append(file)
+                elif file.is_file():
+                    yield name
+                else:
+                    raise BundleError(f"{name}: is neither a file nor a directory")
 
 
 def sha256(file: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """A file that the system can't read is a refused bundle. Raises BundleError that names it."""
+    try:
+        yield
+    except OSError as e:
+        raise BundleError(f"{name}: can't be read ({e.strerror or e})") from e

@@ -1,7 +1,11 @@
 """Bundles: what is read from a sound one; and every unsound one is refused in one sentence that names the file."""
 
+import errno
 import json
+import os
+import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import faiss
 import numpy as np
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from app.__main__ import main
 from app.bundle import NO_ROW, Ids, load
 from app.errors import BundleError
-from app.manifest import Knots
+from app.manifest import MANIFEST_BYTES, Knots
 from app.warmup import prove
 from tests import world
 from tests.seal import reseal
@@ -137,6 +141,67 @@ def test_a_linked_manifest_is_refused(copy, tmp_path):
     (copy / "manifest.json").rename(tmp_path / "manifest.json")
     (copy / "manifest.json").symlink_to(tmp_path / "manifest.json")
     assert refusal(copy).startswith("manifest.json: missing")
+
+
+def fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def listener(file: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as s:
+        folder = os.open(file.parent, os.O_RDONLY)  # a socket's path has at most 107 bytes, pytest's are longer
+        s.bind(f"/proc/self/fd/{folder}/{file.name}")
+        os.close(folder)
+
+
+@pytest.mark.parametrize("make", [fifo, listener])
+@pytest.mark.parametrize("name", ["popular.npy", "items/year.npy", "items/more.npy"])
+def test_what_is_no_plain_file_is_refused_unopened(copy, name, make):
+    (copy / name).unlink(missing_ok=True)
+    make(copy / name)
+    assert refusal(copy) == f"{name}: is neither a file nor a directory"
+
+
+def test_a_manifest_that_is_no_plain_file_is_refused_unopened(copy):
+    (copy / "manifest.json").unlink()
+    fifo(copy / "manifest.json")
+    assert refusal(copy).startswith("manifest.json: missing")
+
+
+def test_a_manifest_too_large_to_be_one_is_refused_unread(copy):
+    os.truncate(copy / "manifest.json", MANIFEST_BYTES + 1)
+    assert refusal(copy) == f"manifest.json: has {MANIFEST_BYTES + 1} bytes; allowed are {MANIFEST_BYTES}"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("pathlib.Path.is_dir", "manifest.json"),
+        ("pathlib.Path.read_bytes", "manifest.json"),
+        ("pathlib.Path.iterdir", "."),
+        ("hashlib.file_digest", "index.faiss"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")]
+)
+def test_what_the_system_can_not_read_is_refused_by_name(copy, monkeypatch, call, name, error):
+    monkeypatch.setattr(call, Mock(side_effect=error))
+    with pytest.raises(BundleError) as caught:
+        load(copy)
+    monkeypatch.undo()
+    assert str(caught.value) == f"{name}: can't be read ({error.strerror})"
+
+
+@pytest.mark.parametrize("name", ["re_ranker.onnx", "user_tower.onnx", "index.faiss", "popular.npy"])
+def test_a_file_that_vanishes_once_it_was_verified_is_refused_by_name(copy, monkeypatch, name):
+    monkeypatch.setattr("app.bundle.verify_files", lambda path, _: (path / name).unlink())
+    assert refusal(copy).startswith(f"{name}: ")
+
+
+def test_a_switched_link_leaves_a_loaded_bundle_where_it_is(copy, tmp_path):
+    (tmp_path / "current").symlink_to(copy)
+    assert load(tmp_path / "current").path == copy.resolve()
 
 
 def change_manifest(bundle: Path, change) -> None:
