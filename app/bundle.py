@@ -11,6 +11,7 @@ This module is long because the checks belong beside the loading that they guard
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,10 +133,15 @@ def run_model(session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) 
 
 
 def open_session(model: bytes, name: str) -> ort.InferenceSession:
-    """A session on one thread: parallelism is over shards. Raises BundleError if it isn't a usable graph."""
+    """A session on one thread: parallelism is over shards. Raises BundleError if it isn't a usable graph.
+
+    A graph made from bytes may still ask for weights in other files: onnxruntime 1.32 then reads them, unhashed,
+    below the working directory. It is told to look in what is no directory, where there are none.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx.external_data_helper import set_external_data
 
 from app.__main__ import main
 from app.bundle import NO_ROW, Ids, load
@@ -388,6 +389,27 @@ def test_what_does_not_fit_is_refused_though_its_hash_is_right(copy, named, spoi
     spoil(copy)
     reseal(copy)
     assert refusal(copy).startswith(named)
+
+
+@pytest.mark.parametrize("is_node", [False, True])
+@pytest.mark.parametrize("location", ["planted.bin", "below/planted.bin"])
+def test_weights_outside_the_graph_are_refused_though_they_lie_where_the_service_runs(
+    copy, tmp_path, monkeypatch, location, is_node
+):
+    planted = tmp_path / "cwd" / location
+    planted.parent.mkdir(parents=True)
+    planted.write_bytes(np.float32(0.1).tobytes())
+    monkeypatch.chdir(tmp_path / "cwd")
+    graph = onnx.load(copy / "re_ranker.onnx")
+    tenth = next(i for i in graph.graph.initializer if i.name == "tenth")
+    set_external_data(tenth, location, offset=0, length=4)
+    tenth.ClearField("raw_data")
+    if is_node:
+        graph.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["tenth"], value=tenth))
+        graph.graph.initializer.remove(tenth)
+    (copy / "re_ranker.onnx").write_bytes(graph.SerializeToString())
+    reseal(copy)
+    assert refusal(copy).startswith("re_ranker.onnx: not a graph that onnxruntime opens")
 
 
 def test_pickles_are_refused(copy):
