@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app import api, log
 from app.errors import ServerError
 from app.service import Service
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ class Server(uvicorn.Server):
         yield
 
 
-def _server(app: FastAPI, host: str, port: int, **options: Any) -> Server:
+def _server(app: FastAPI, **options: Any) -> Server:
     return Server(
         uvicorn.Config(
-            *(app, host, port),
+            app,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -75,17 +76,30 @@ def _server(app: FastAPI, host: str, port: int, **options: Any) -> Server:
     )
 
 
+def _listener(settings: Settings, prefix: str) -> socket.socket:
+    """Listens on the ranking or the admin port. Raises SettingsError that names the setting."""
+    host, port = getattr(settings, f"{prefix}host"), getattr(settings, f"{prefix}port")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as e:
+        why = str(e.strerror).partition(" (")[0].lower()
+        raise SettingsError(f"WINNOW_{prefix.upper()}PORT={port}: {why} on {host}; choose another port") from e
+
+
 async def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, or 2 if the bundle must not be served."""
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, or 2 if the bundle must not be served.
+
+    Raises: SettingsError for a port that can't be listened on.
+    """
+    listeners = [_listener(settings, prefix) for prefix in ("", "admin_")]
     service = Service(settings)
-    servers = [
-        _server(create_app(service), settings.host, settings.port, http=TimedProtocol),
-        _server(create_admin_app(service), settings.admin_host, settings.admin_port),
-    ]
+    servers = [_server(create_app(service), http=TimedProtocol), _server(create_admin_app(service))]
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    running = [asyncio.create_task(s.serve()) for s in servers]
+    running = [asyncio.create_task(s.serve(sockets=[at])) for s, at in zip(servers, listeners, strict=True)]
+    ports = " and ".join(str(at.getsockname()[1]) for at in listeners)
+    logger.info("loading %s; ports %s answer 503", settings.bundle, ports)
     code = 0
     try:
         await _start(service, settings, stop)
@@ -104,7 +118,6 @@ async def _start(service: Service, settings: Settings, stop: asyncio.Event) -> N
     """Start the service; a stop signal meanwhile ends the start."""
     if not service.keys.are_required:
         logger.warning("no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host)
-    logger.info("loading %s; ports %d and %d answer 503", settings.bundle, settings.port, settings.admin_port)
     starting, stopping = asyncio.create_task(service.start()), asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -152,6 +152,16 @@ def test_a_bundle_that_must_not_be_served_ends_the_process_with_2(bundle, tmp_pa
         assert said["level"] == "error"
 
 
+@pytest.mark.parametrize("name", ["WINNOW_PORT", "WINNOW_ADMIN_PORT"])
+def test_a_port_in_use_ends_the_process_with_2_and_one_sentence(bundle, capfd, name):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with running(bundle, **{name: port}) as process:
+            assert process.process.wait(PATIENCE_S) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said == f"refused: {name}={port}: address already in use on 127.0.0.1; choose another port"
+
+
 def test_settings_that_can_not_be_used_end_the_process_with_2(bundle):
     with running(bundle, WINNOW_WORKERS="none") as process:
         assert process.process.wait(PATIENCE_S) == 2
