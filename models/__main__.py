@@ -6,8 +6,8 @@ python -m models evaluate BUNDLE --requests FILE
                                            what the funnel loses against its own re-ranker
 python -m models demo                      all of it, served, with one request printed
 
-Exit codes: 0, or 2 for what can't be packed or evaluated, in one sentence. Only fetch, train and demo need torch
-and the network; each command imports no more than it needs.
+Exit codes: 0; 1 if the demo's service can't be started or asked; 2 for what can't be fetched, packed or evaluated;
+with one sentence. Only fetch, train and demo need torch and the network; each command imports no more than it needs.
 """
 
 import argparse
@@ -15,6 +15,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+
+from app.errors import BundleError
+from models.errors import Refused
 
 DATA = Path("data")
 ARTEFACTS = Path("models/artefacts/movielens-100k")
@@ -24,8 +27,13 @@ BUNDLE = Path("models/bundles/movielens-100k")
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    code = parsed.run(parsed)
-    return int(code or 0)
+    try:
+        return int(parsed.run(parsed) or 0)
+    except (Refused, BundleError) as e:
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as shells say it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,44 +100,36 @@ def _train(parsed: argparse.Namespace) -> None:
     train(parsed.data, parsed.artefacts, seed=parsed.seed, people=parsed.people, epochs=parsed.epochs)
 
 
-def _pack(parsed: argparse.Namespace) -> int:
+def _pack(parsed: argparse.Namespace) -> None:
     from models.pack import pack
-    from models.pack_config import PackError
 
-    try:
-        say = partial(print, flush=True)  # progress, also in a pipe
-        pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force, say=say)
-    except PackError as e:
-        print(f"refused: {e}", file=sys.stderr)
-        return 2
-    return 0
+    say = partial(print, flush=True)  # progress, also in a pipe
+    pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force, say=say)
 
 
-def _evaluate(parsed: argparse.Namespace) -> int:
+def _evaluate(parsed: argparse.Namespace) -> None:
     from app.bundle import load
-    from app.errors import BundleError
     from models.evaluate import report
-    from models.pack_config import PackError
 
-    try:
-        report(load(parsed.bundle), parsed.requests, parsed.most, parsed.k)
-    except (PackError, BundleError) as e:
-        print(f"refused: {e}", file=sys.stderr)
-        return 2
-    return 0
+    report(load(parsed.bundle), parsed.requests, parsed.most, parsed.k)
 
 
 def _demo(parsed: argparse.Namespace) -> int:
-    from models.demo import Places, demo
+    from models.demo import DemoError, Places, demo
 
-    return demo(
-        Places(parsed.data, parsed.artefacts, parsed.bundle),
-        (parsed.port, parsed.admin_port),
-        parsed.workers,
-        people=parsed.people,
-        epochs=parsed.epochs,
-        once=parsed.once,
-    )
+    try:
+        demo(
+            Places(parsed.data, parsed.artefacts, parsed.bundle),
+            (parsed.port, parsed.admin_port),
+            parsed.workers,
+            people=parsed.people,
+            epochs=parsed.epochs,
+            once=parsed.once,
+        )
+    except DemoError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

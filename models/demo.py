@@ -9,13 +9,14 @@ HTTP like any other; it stays up until Ctrl-C, and is ended by its process when 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,12 @@ from app.bundle import NO_ROW, Generation, load
 
 READY_S = 60.0
 SHOWN_HISTORY = 8
+OTHER_PORTS = "choose others with make demo PORT=… ADMIN_PORT=… (--port, --admin-port)"
 WANTED_HISTORY = (15, 60)  # items: enough to say something of a person, few enough to read
+
+
+class DemoError(Exception):
+    """The service can't be started or asked. The message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +52,39 @@ def demo(
     people: int | None = None,
     epochs: int | None = None,
     once: bool = False,
-) -> int:
-    """Make what is missing, serve it, ask once and print. Returns the exit code.
+) -> None:
+    """Make what is missing, serve it, ask once and print.
 
     Args:
         ports: ranking port, admin port. people, epochs: a small slice, for tests. once: end after the answer.
+    Raises: DemoError, and what training and packing raise.
     """
+    check_ports(ports)  # before minutes of training
     make_bundle(places, people, epochs)
     generation = load(places.bundle)
     with service(places.bundle, ports, workers) as process:
         url = f"http://127.0.0.1:{ports[0]}"
         wait_until_ready(url, process)
         request = {"user": {"id": choose_person(generation)}, "k": 10}
-        print_answer(generation, request, ask(url, request), url)
+        answer = ask(url, request)
+        if answer["generation"] != generation.name:
+            raise DemoError(f"{url} serves {answer['generation']}, not {generation.name}: {OTHER_PORTS}")
+        print_answer(generation, request, answer, url)
         if not once:
             print(f"\nserving on {url} (docs: {url}/docs, metrics: http://127.0.0.1:{ports[1]}/metrics)")
             print("Ctrl-C to stop", flush=True)
             process.wait()
-    return 0
+            raise DemoError(f"the service ended by itself with code {process.returncode}")
+
+
+def check_ports(ports: tuple[int, int]) -> None:
+    """Returns when both are free on loopback. Raises DemoError that names the one that isn't."""
+    with ExitStack() as held:
+        for name, port in zip(("PORT", "ADMIN_PORT"), ports, strict=True):
+            try:
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except (OSError, OverflowError) as e:
+                raise DemoError(f"{name} {port} is in use or not allowed: {OTHER_PORTS}") from e
 
 
 def make_bundle(places: Places, people: int | None, epochs: int | None) -> None:
@@ -82,7 +103,11 @@ def make_bundle(places: Places, people: int | None, epochs: int | None) -> None:
 
 @contextmanager
 def service(bundle: Path, ports: tuple[int, int], workers: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The service on this bundle, logging to a file beside it; ended at the end of the block."""
+    """The service on this bundle, logging to a file beside it; ended at the end of the block.
+
+    Raises: DemoError if a port is in use: whoever is there would be asked in its place.
+    """
+    check_ports(ports)
     settings = {
         "WINNOW_BUNDLE": str(bundle),
         "WINNOW_PORT": str(ports[0]),
@@ -104,26 +129,29 @@ def service(bundle: Path, ports: tuple[int, int], workers: int) -> Iterator[subp
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Returns when /readyz says so. Raises RuntimeError if the service ended or took too long."""
+    """Returns when /readyz says so. Raises DemoError if the service ended or took too long."""
     until = time.monotonic() + READY_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise RuntimeError(f"the service ended with code {process.returncode}; its log says why")
+            raise DemoError(f"the service ended with code {process.returncode}; the log beside the bundle says why")
         try:
             with urllib.request.urlopen(f"{url}/readyz", timeout=1):
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.05)  # another process: there is no event to wait for
-    raise RuntimeError(f"the service was not ready within {READY_S:g} s")
+    raise DemoError(f"the service was not ready within {READY_S:g} s")
 
 
 def ask(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of POST /v1/rank. Raises urllib.error.HTTPError."""
+    """The answer of POST /v1/rank. Raises DemoError if there is none."""
     posted = urllib.request.Request(
         f"{url}/v1/rank", json.dumps(request).encode(), {"content-type": "application/json"}
     )
-    with urllib.request.urlopen(posted, timeout=10) as reply:
-        return json.load(reply)  # type: ignore[no-any-return]
+    try:
+        with urllib.request.urlopen(posted, timeout=10) as reply:
+            return json.load(reply)  # type: ignore[no-any-return]
+    except OSError as e:  # an HTTPError is one
+        raise DemoError(f"the service did not rank ({e})") from e
 
 
 def choose_person(generation: Generation) -> int | str:

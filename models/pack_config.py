@@ -13,12 +13,13 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 from app.bundle import FunnelConfig
 from app.features import ROW, ModelInput, Strict
 from app.settings import Limits
+from models.errors import Refused
 
 RESERVED = ("ids", "id_order", "embedding", ROW)
 
 
-class PackError(Exception):
-    """Something that must not become a bundle. The message is one sentence: what, the value, what is allowed."""
+class PackError(Refused):
+    """Something that must not become a bundle."""
 
 
 def _is_file(path: Path, info: ValidationInfo) -> Path:

@@ -19,10 +19,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.errors import Refused
+
 REQUIREMENT = "recbole==1.2.1"
 WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 INSIDE = "recbole/dataset_example/ml-100k/"
 FILES = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
+
+
+class FetchError(Refused):
+    """The data can't be had, or isn't what it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +53,17 @@ class Ratings:
 def fetch(data_dir: Path) -> Path:
     """The folder with the three files, downloaded if they aren't there yet.
 
-    Raises ValueError when the wheel is not the one whose sha256 is known.
+    Raises FetchError when it can't be downloaded, or is not the wheel whose sha256 is known.
     """
     folder = Path(data_dir) / "ml-100k"
     if all((folder / name).is_file() for name in FILES):
         return folder
     with tempfile.TemporaryDirectory() as parcel:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", parcel, REQUIREMENT]
-        subprocess.run(pip, check=True)
+        done = subprocess.run(pip, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]
+            raise FetchError(f"{REQUIREMENT}, which has the ratings in it, could not be downloaded: {why}")
         (wheel,) = Path(parcel).glob("*.whl")
         unpack(wheel, folder)
     return folder
@@ -64,7 +73,7 @@ def unpack(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
     """Write the three files of this wheel into the folder, once its digest is the expected one."""
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != sha256:
-        raise ValueError(f"{wheel.name}: sha256 is {digest}, expected {sha256}")
+        raise FetchError(f"{wheel.name}: sha256 is {digest}, expected {sha256}")
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:

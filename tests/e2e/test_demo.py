@@ -1,10 +1,15 @@
-"""The demo command itself, on a small slice of the real data: fetch, train, pack, serve, ask, print."""
+"""The demo command itself, on a slice of the real data: fetch, train, pack, serve, ask, print; and its refusals."""
 
 import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import pytest
+
+from models import demo
 
 PEOPLE = 80
 
@@ -18,15 +23,55 @@ def free_ports() -> list[str]:
     return ports
 
 
-def run_demo(folder: Path) -> str:
-    port, admin_port = free_ports()
+def start_demo(folder: Path, port: str, admin_port: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "models", "demo", "--once", "--people", str(PEOPLE), "--epochs", "1"]
     command += ["--port", port, "--admin-port", admin_port, "--workers", "2"]
     command += ["--data", str(folder / "data"), "--artefacts", str(folder / "artefacts")]
     command += ["--bundle", str(folder / "bundle")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def run_demo(folder: Path) -> str:
+    done = start_demo(folder, *free_ports())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "PORT"), (1, "ADMIN_PORT")])
+def test_a_port_in_use_is_said_in_one_line_before_anything_is_made(tmp_path: Path, place: int, name: str) -> None:
+    ports = free_ports()
+    with socket.create_server(("127.0.0.1", int(ports[place]))):
+        done = start_demo(tmp_path, *ports)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{name} {ports[place]} is in use")
+    assert "make demo PORT=" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_must_not_be_served_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{")
+    done = start_demo(tmp_path, *free_ports())
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("refused: manifest.json: ")
+
+
+def test_the_answer_of_another_service_is_not_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "service", lambda *_: nullcontext())
+    monkeypatch.setattr(demo, "wait_until_ready", lambda *_: None)
+    monkeypatch.setattr(demo, "ask", lambda *_: {"generation": "other@1#0"})
+    port, admin_port = (int(p) for p in free_ports())
+    with pytest.raises(demo.DemoError, match="serves other@1#0, not tiny@1#"):
+        demo.demo(demo.Places(bundle, bundle, bundle), (port, admin_port), 1)
+
+
+def test_a_service_that_ended_is_not_waited_for() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    ended.wait()
+    with pytest.raises(demo.DemoError, match="ended with code 2"):
+        demo.wait_until_ready("http://127.0.0.1:1", ended)
 
 
 def test_the_demo_trains_serves_and_prints_a_ranking_and_the_second_run_reuses_it(tmp_path: Path) -> None:

