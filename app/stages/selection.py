@@ -6,7 +6,7 @@ so every propensity is 1; a value of another kind (a bid times its probability),
 
 import numpy as np
 
-from app.flow import Query, Ranking, RequestScope, Scored, sealed
+from app.flow import Outcome, Query, Ranking, RequestScope, Scored, Stage, sealed
 
 
 class Selection:
@@ -24,13 +24,15 @@ class Selection:
             generation=scope.generation,
             degradations=tuple(scope.degradations),
             reports=tuple(scope.reports),
-            empty_reason=None if len(best) else _why_empty(query),
+            empty_reason=None if len(best) else _why_empty(scope, query),
         )
 
 
-def _why_empty(query: Query) -> str:
+def _why_empty(scope: RequestScope, query: Query) -> str:
     if query.candidates is not None:
         return "none of the candidates is known and left by filters and exclusions"
+    if any(r.stage is Stage.RETRIEVAL and r.outcome in (Outcome.LATE, Outcome.FAILED) for r in scope.reports):
+        return "retrieval fell back on popular items, and filters and exclusions leave none of them"
     if query.filters:
         return "no item satisfies the filters and is not excluded"
     return "every item is excluded"

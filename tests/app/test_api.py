@@ -116,6 +116,22 @@ async def test_nothing_left_to_rank_is_an_empty_answer_that_says_why(app, reques
     assert answer.empty_reason.startswith(why)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"exclude": [int(i) for i in world.ITEM_IDS]},
+        {"exclude": [world.item_id(1)], "filters": [{"field": "year", "lte": 0}]},
+    ],
+)
+async def test_an_empty_answer_after_a_fallback_speaks_of_the_fallback(app, service, monkeypatch, request_):
+    with monkeypatch.context() as patch:
+        breaks(service, patch, StageFailed("broken"), "retrieval")
+        answer = (await rank(app, request_ | PATIENT)).json()
+    assert answer["items"] == []
+    assert answer["degraded"] == [{"stage": "retrieval", "reason": "failed", "substitute": "popular items"}]
+    assert answer["empty_reason"].startswith("retrieval fell back on popular items")
+
+
 async def test_a_score_that_is_no_number_is_null(app):
     sent = [{"id": world.item_id(1), "features": {"bid": -1}}, {"id": world.item_id(2)}]
     answer = (await rank(app, {"candidates": sent} | PATIENT)).json()
