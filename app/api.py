@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from app import errors, wire
 from app.flow import Stage
+from app.funnel import require_full
 from app.service import Answered, Service
 from app.settings import Limits
 
@@ -153,6 +154,8 @@ async def _answer(request: Request, service: Service) -> Response:
         asked = wire.parse(await _body(request))
         request_id = asked.request_id or request_id
         answered = await service.rank(asked, request_id, received_at)
+        if answered.query.is_strict:
+            require_full(answered.ranking)
         took_ms = _took_ms(answered, time.monotonic() - received_at)
         body = orjson.dumps(wire.answer(answered.query, answered.ranking, answered.ids, took_ms))
         response = Response(body, media_type="application/json")

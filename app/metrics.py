@@ -95,9 +95,9 @@ class Metrics:
         self.degradations.labels(USER_LATE.stage.label, USER_LATE.reason)
 
     def request(self, outcome: str, seconds: float) -> None:
-        """Count a request that was answered, with whatever."""
+        """Count a request that was answered, with whatever; its time only when the funnel ran."""
         self.requests.labels(outcome).inc()
-        if outcome in ("ok", "degraded", "empty"):
+        if outcome in ("ok", "degraded", "empty", "deadline"):
             self.seconds.labels(NO_ARM).observe(seconds)
 
     def ranking(self, ranking: Ranking) -> None:

@@ -15,7 +15,7 @@ from app import users, wire
 from app.bundle import Generation, load
 from app.errors import CapacityError
 from app.flow import Query, Ranking
-from app.funnel import Funnel, require_full
+from app.funnel import Funnel
 from app.gate import Gate, Phase
 from app.keys import Keys, read_keys
 from app.metrics import Metrics
@@ -109,8 +109,6 @@ class Service:
             query = wire.to_query(request, request_id, serving.generation, known)
             ranking = await serving.funnel.rank(query, deadline)
             self.metrics.ranking(ranking)
-            if query.is_strict:
-                require_full(ranking)
             return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
 
     # ----------------------------------------------------------------------------------- what is held

@@ -700,6 +700,20 @@ async def test_a_request_is_one_line_of_json(app, caplog, request_, status, outc
         assert set(line["stage_ms"]) == {"retrieval", "preranking", "reranking", "selection"}
 
 
+async def test_a_504_is_logged_with_its_stages_and_its_time_is_counted(app, service, monkeypatch, caplog):
+    before = samples(service)
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "winnow.request"):
+        breaks(service, patch, StageFailed("broken"))
+        assert (await rank(app, {"strict": True} | PATIENT)).status == 504
+    (record,) = [r for r in caplog.records if r.name == "winnow.request"]
+    line = json.loads(Line().format(record))
+    assert (line["status"], line["outcome"], line["degraded"]) == (504, "deadline", ["preranking: failed"])
+    assert set(line["stage_ms"]) == {"retrieval", "preranking", "reranking", "selection"}
+    after = samples(service)
+    key = ("winnow_request_seconds_count", ("arm", "none"))
+    assert after[key] - before[key] == 1
+
+
 async def test_a_line_with_a_trace_or_a_strange_field_is_still_one_line():
     try:
         raise ValueError("two\nlines")
