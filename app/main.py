@@ -6,6 +6,7 @@ flight end, then ends the workers. Servers and signals are here; what is served 
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -130,6 +131,7 @@ async def _start(service: Service, settings: Settings, stop: asyncio.Event) -> N
 
 def run(settings: Settings) -> int:
     """The process: logging, event loop, servers."""
+    gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
     listener = log.start(settings.log_level)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
