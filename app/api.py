@@ -4,6 +4,7 @@ Bodies are read as raw bytes, parsed by the schema and answered as bytes; the Op
 schemas, with an example that the served bundle answers. Errors are RFC 9457 problems that name the fields.
 """
 
+import asyncio
 import logging
 import random
 import re
@@ -151,9 +152,11 @@ async def _answer(request: Request, service: Service) -> Response:
     request_id, answered = _request_id(request.headers.get("x-request-id")), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
-        asked = wire.parse(await _body(request))
+        sent = await _body(request)
+        is_large = len(sent) > wire.LARGE_BODY
+        asked = await asyncio.to_thread(wire.parse, sent) if is_large else wire.parse(sent)
         request_id = asked.request_id or request_id
-        answered = await service.rank(asked, request_id, received_at)
+        answered = await service.rank(asked, request_id, received_at, is_large=is_large)
         if answered.query.is_strict:
             require_full(answered.ranking)
         took_ms = _took_ms(answered, time.monotonic() - received_at)

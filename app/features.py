@@ -13,6 +13,7 @@ as i64.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -120,7 +121,7 @@ class FeatureSchema(Strict):
     def inputs(self) -> tuple[ModelInput, ...]:
         return self.user_tower + self.re_ranker
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, FieldSpec]:
         """Every field by its key; what only the pre-ranker reads is one float32."""
         specs = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from app import users, wire
 from app.bundle import Generation, load
@@ -95,8 +96,13 @@ class Service:
 
     # -------------------------------------------------------------------------------------- requests
 
-    async def rank(self, request: wire.RankRequest, request_id: str, received_at: float) -> Answered:
-        """One request, from its schema to the ranked ids. Raises any of errors.py."""
+    async def rank(
+        self, request: wire.RankRequest, request_id: str, received_at: float, *, is_large: bool = False
+    ) -> Answered:
+        """One request, from its schema to the ranked ids. Raises any of errors.py.
+
+        is_large: its ids and features take over a millisecond to look up, so that a thread does it.
+        """
         with self.gate.permit(request.priority):
             serving = self.serving  # pinned: the whole request sees one generation
             if serving is None:
@@ -104,9 +110,10 @@ class Service:
             deadline = wire.deadline(request, received_at, self.settings.sla_ms / 1e3)
             started = time.monotonic()
             limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
-            known = await users.resolve(wire.asked(request), serving.generation, self.lookups, limit_s)
+            found = await users.resolve(request.user.id, serving.generation, self.lookups, limit_s)
             users_s = time.monotonic() - started
-            query = wire.to_query(request, request_id, serving.generation, known)
+            resolve = partial(wire.to_query, request, request_id, serving.generation, found)
+            query = await asyncio.to_thread(resolve) if is_large else resolve()
             ranking = await serving.funnel.rank(query, deadline)
             self.metrics.ranking(ranking)
             return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)

@@ -6,15 +6,15 @@ known of is no error: an empty history and defaults.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import NO_ROW, Generation, Users
+from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, shown
 from app.features import FieldSpec
 from app.flow import Person, sealed
@@ -32,24 +32,37 @@ class Asked:
     features: Mapping[str, Any]
 
 
-async def resolve(asked: Asked, generation: Generation, threads: Executor, limit_s: float) -> tuple[Person, int]:
+class Found(NamedTuple):
+    """The outcome of a look-up: a row of the user table, -1 for nobody's; is_late: it took too long."""
+
+    row: int = NO_ROW
+    is_late: bool = False
+
+
+async def resolve(user_id: int | str | None, generation: Generation, threads: Executor, limit_s: float) -> Found:
+    """Where the user table has this person, if it can be found out in time."""
+    if generation.users is None or user_id is None:
+        return Found()
+    work = asyncio.get_running_loop().run_in_executor(threads, look_up, user_id, generation)
+    try:
+        return await asyncio.wait_for(work, limit_s)
+    except TimeoutError:
+        return Found(is_late=True)
+
+
+def look_up(user_id: int | str | None, generation: Generation) -> Found:
+    """The same, however long it takes."""
+    if generation.users is None or user_id is None:
+        return Found()
+    return Found(int(generation.users.ids.rows([user_id])[0]))
+
+
+def person(asked: Asked, generation: Generation, found: Found) -> tuple[Person, int]:
     """The person, and how many items of the sent history the catalogue doesn't have.
 
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
     """
-    row, is_late = NO_ROW, False
-    if generation.users and asked.user_id is not None:
-        look_up = asyncio.get_running_loop().run_in_executor(threads, _row, generation.users, asked.user_id)
-        try:
-            row = await asyncio.wait_for(look_up, limit_s)
-        except TimeoutError:
-            is_late = True
-    return person(asked, generation, row, is_late)
-
-
-def person(asked: Asked, generation: Generation, row: int = NO_ROW, is_late: bool = False) -> tuple[Person, int]:
-    """The same for a row of the user table that was found already; -1 for nobody's."""
-    fields = _fields(asked, generation, row)
+    row, fields = found.row, _fields(asked, generation, found.row)
     history, n_ignored = np.empty(0, np.int64), 0
     if asked.history is not None:
         rows = generation.ids.rows(asked.history)
@@ -58,57 +71,59 @@ def person(asked: Asked, generation: Generation, row: int = NO_ROW, is_late: boo
     elif generation.users and row != NO_ROW and generation.users.history is not None:
         stored = np.asarray(generation.users.history[row], np.int64)
         history = stored[stored != NO_ROW]
-    return Person(sealed(history), fields, is_known=row != NO_ROW, is_late=is_late), n_ignored
-
-
-def _row(users: Users, user_id: int | str) -> int:
-    return int(users.ids.rows([user_id])[0])
+    return Person(sealed(history), fields, is_known=row != NO_ROW, is_late=found.is_late), n_ignored
 
 
 def _fields(asked: Asked, generation: Generation, row: int) -> dict[str, NDArray[Any]]:
-    specs = {k: s for k, s in generation.manifest.features.fields.items() if not k.startswith("candidate.")}
-    for key, value in asked.features.items():
-        if key not in specs:
-            part, _, name = key.partition(".")
-            allowed = ", ".join(k.partition(".")[2] for k in specs if k.startswith(f"{part}."))
-            raise InvalidRequest(
-                FieldError(
-                    f"{SENT_IN[part]}.{name}",
-                    shown(value),
-                    f"no such feature; allowed: {allowed or 'none in this bundle'}",
-                )
-            )
-    tables = generation.users.tables if generation.users and row != NO_ROW else {}
     fields = {}
-    for key, spec in specs.items():
+    for key, value in asked.features.items():
         part, _, name = key.partition(".")
-        if key in asked.features:
-            where = f"{SENT_IN[part]}.{name}"
-            fields[key] = field_value(where, asked.features[key], spec, generation.vocab.get(key))
-        elif part == "user" and name in tables:
-            fields[key] = np.asarray(tables[name][row], spec.dtype).reshape(1, *spec.shape)
-        else:
-            fields[key] = spec.filled()
+        fields[key] = field_value(f"{SENT_IN[part]}.{name}", key, value, generation)
+    tables = generation.users.tables if generation.users and row != NO_ROW else {}
+    for key, spec in generation.manifest.features.fields.items():
+        part, _, name = key.partition(".")
+        if part in SENT_IN and key not in fields:
+            is_stored = part == "user" and name in tables
+            stored = np.asarray(tables[name][row], spec.dtype).reshape(1, *spec.shape) if is_stored else spec.filled()
+            fields[key] = stored
     return fields
 
 
-def field_value(where: str, value: Any, spec: FieldSpec, vocab: Mapping[str, int] | None) -> NDArray[Any]:
-    """A value as sent → [1, *shape] of the schema's type; an unknown category is the default.
+def field_value(where: str, key: str, value: Any, generation: Generation) -> NDArray[Any]:
+    """A value as sent for a schema key → [1, *shape] of its type; an unknown category is the default.
 
     Raises: InvalidRequest that names the field (`where`) and what is allowed.
     """
-    if isinstance(value, str):
-        if vocab is None:
-            raise InvalidRequest(FieldError(where, shown(value), f"{_form(spec)}: it has no category names"))
-        value = vocab.get(value, spec.default)
+    specs, prefix = generation.manifest.features.fields, key.partition(".")[0] + "."
+    if key not in specs:
+        names = ", ".join(k.removeprefix(prefix) for k in specs if k.startswith(prefix))
+        allowed = f"no such feature; allowed: {names or 'none in this bundle'}"
+        raise InvalidRequest(FieldError(where, shown(value), allowed))
     try:
-        exact = np.asarray(value, np.float64).reshape(1, *spec.shape)
+        return field_values(key, [value], generation)
     except ValueError as e:
-        raise InvalidRequest(FieldError(where, shown(value), _form(spec))) from e
+        raise InvalidRequest(FieldError(where, shown(value), str(e))) from e
+
+
+def field_values(key: str, values: Sequence[Any], generation: Generation) -> NDArray[Any]:
+    """The same for many candidates, in one conversion: [n, *shape].
+
+    Raises: KeyError for a key that isn't in the schema; ValueError that says what is allowed, if a value isn't, or if
+    they aren't all of one form (1 and [1]).
+    """
+    spec, vocab = generation.manifest.features.fields[key], generation.vocab.get(key)
+    if any(isinstance(v, str) for v in values):
+        if vocab is None:
+            raise ValueError(f"{_form(spec)}: it has no category names")
+        values = [vocab.get(v, spec.default) if isinstance(v, str) else v for v in values]
+    try:
+        exact = np.asarray(values, np.float64).reshape(len(values), *spec.shape)
+    except ValueError as e:
+        raise ValueError(_form(spec)) from e
     largest = np.finfo(np.float32).max if spec.dtype == "float32" else 2.0**53
     is_whole = spec.dtype == "float32" or bool(np.all(exact == np.floor(exact)))
     if not is_whole or np.abs(exact).max(initial=0.0) > largest:
-        raise InvalidRequest(FieldError(where, shown(value), f"{_form(spec)} of type {spec.dtype}"))
+        raise ValueError(f"{_form(spec)} of type {spec.dtype}")
     return exact.astype(spec.dtype)
 
 

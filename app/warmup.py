@@ -21,19 +21,11 @@ TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 
 UNHURRIED_S = 600.0
 
 
-def person_row(generation: Generation, user_id: int | str | None) -> int:
-    """Row in the user table, -1 for nobody's."""
-    if generation.users is None or user_id is None:
-        return -1
-    return int(generation.users.ids.rows([user_id])[0])
-
-
 def offline_query(request: dict[str, Any], generation: Generation) -> Query:
     """A request in wire form, resolved as online. Raises ClientError."""
     parsed = wire.parse(orjson.dumps(request))
-    asked = wire.asked(parsed)
-    known = users.person(asked, generation, person_row(generation, asked.user_id))
-    return wire.to_query(parsed, parsed.request_id or "offline", generation, known)
+    found = users.look_up(parsed.user.id, generation)
+    return wire.to_query(parsed, parsed.request_id or "offline", generation, found)
 
 
 async def rank_offline(funnel: Funnel, query: Query, watched: tuple[int, ...] = ()) -> Ranking:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import metrics, wire
 from app.api import PROBLEM, WHY_NOT
-from app.errors import ContractError, StageFailed
+from app.errors import ContractError, InvalidRequest, StageFailed
 from app.gate import PRIORITY_SHARE, Phase
 from app.keys import read_keys
 from app.log import Line
@@ -139,6 +139,106 @@ async def test_a_score_that_is_no_number_is_null(app):
         (world.item_id(2), False),
         (world.item_id(1), True),
     ]
+
+
+# --------------------------------------------------------------------------------------- large requests
+
+UNKNOWN = [10**6 + i for i in range(3000)]
+
+
+def large_candidates(**change) -> dict:
+    """The 50 items with bids of (row / 10)², after 3,000 that the catalogue doesn't have, whose bids are 1."""
+    sent = [{"id": i, "features": {"bid": 1}} for i in UNKNOWN]
+    sent += [{"id": world.item_id(row), "features": {"bid": (row / 10) ** 2}} for row in range(world.N)]
+    return {"candidates": sent, "rerank_count": world.N, "k": world.N} | PATIENT | change
+
+
+async def test_features_of_many_candidates_reach_their_own_items(app):
+    answer = (await rank(app, large_candidates())).json()
+    bids = (world.ROW / 10) ** 2
+    expected = world.rerank_scores(bid=bids)
+    assert [i["id"] for i in answer["items"]] == [world.item_id(r) for r in world.best(expected, world.N)]
+    assert [i["score"] for i in answer["items"]] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    assert answer["ignored"]["candidates"] == len(UNKNOWN)
+
+
+async def test_a_number_and_a_list_of_it_are_the_same_feature(app):
+    def sent(bid):
+        few = [{"id": world.item_id(1), "features": {"bid": bid}}, {"id": world.item_id(2), "features": {"bid": 9}}]
+        return {"candidates": [*few, world.item_id(3), {"id": world.item_id(4)}]} | PATIENT
+
+    answers = [(await rank(app, sent(bid))).json()["items"] for bid in (4, [4], 4.0)]
+    assert answers[0] == answers[1] == answers[2]
+    # row 2: 0.8·0 + …: only the bids tell the items of nobody apart, and row 3 has none
+    assert answers[0][0]["id"] == world.item_id(2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "allowed"),
+    [
+        ({5: {"bid": "x"}, 2: {"bid": [1, 2]}}, "candidates.2.features.bid", "one number"),
+        ({5: {"bid": 1e300}, 7: {"cost": 1}}, "candidates.5.features.bid", "of type float32"),
+        ({5: {"bid": 1e300}, 3: {"cost": 1}}, "candidates.3.features.cost", "allowed: bid"),
+        ({2999: {"bid": None}}, "candidates.2999.features.bid", "number"),
+        ({2999: 5}, "candidates.2999.features", "object"),
+    ],
+)
+async def test_of_many_candidates_the_first_wrong_one_is_named(app, wrong, field, allowed):
+    request = large_candidates()
+    for position, features in wrong.items():
+        request["candidates"][position]["features"] = features
+    error = problem_of(await rank(app, request), 422)["errors"][0]
+    assert error["field"] == field
+    assert allowed in error["allowed"]
+
+
+@pytest.mark.parametrize("spoil", [{"candidates": None}, {"candidates": ""}, {"candidates": {}}, {"k": 0}, {}])
+async def test_a_large_body_is_read_as_a_small_one_is(spoil):
+    body = json.dumps(large_candidates(exclude=UNKNOWN, **spoil)).encode()
+    try:
+        expected = wire.RankRequest.model_validate_json(body)
+    except ValueError:
+        with pytest.raises(InvalidRequest):
+            wire.parse(body)
+    else:
+        assert wire.parse(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_aside"), [({}, False), ({"exclude": UNKNOWN}, True), (large_candidates(), True)]
+)
+async def test_only_a_large_request_leaves_the_event_loop(app, monkeypatch, request_, is_aside):
+    seen = []
+
+    def noted(work):
+        def run(*arguments):
+            seen.append(threading.current_thread() is not threading.main_thread())
+            return work(*arguments)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in ("parse", "to_query"):
+            patch.setattr(wire, name, noted(getattr(wire, name)))
+        assert (await rank(app, request_ | PATIENT)).status == 200
+    assert seen == [is_aside, is_aside]
+
+
+async def test_the_ids_of_a_large_request_hold_though_the_person_is_found_too_late(app, service, monkeypatch):
+    released = threading.Event()
+    exclude = [*UNKNOWN, world.item_id(21)]
+    with monkeypatch.context() as patch:
+        patch.setattr("app.users.look_up", lambda *_: released.wait(60))
+        patch.setattr(service, "settings", Settings(user_limit_ms=1.0))
+        request = {"user": {"id": "ann", "history": [world.item_id(20)]}, "exclude": exclude}
+        answer = (await rank(app, request | PATIENT)).json()
+        released.set()
+    assert [i["id"] for i in answer["items"]] == [world.item_id(r) for r in (22, 23, 24, 25, 26)]
+    assert answer["ignored"]["exclude"] == len(UNKNOWN)
+    assert [d["reason"] for d in answer["degraded"]] == ["user_late"]
+
+
+# --------------------------------------------------------------------------------------- the request's id
 
 
 @pytest.mark.parametrize(
@@ -529,7 +629,7 @@ async def test_a_defect_is_500_with_a_request_id_and_without_a_trace(app, servic
 async def test_a_person_who_is_found_too_late_is_said(app, service, monkeypatch):
     released = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr("app.users._row", lambda *_: released.wait(60))
+        patch.setattr("app.users.look_up", lambda *_: released.wait(60))
         patch.setattr(service, "settings", Settings(user_limit_ms=1.0))
         answer = (await rank(app, {"user": {"id": "cho"}} | PATIENT)).json()
         released.set()
