@@ -72,6 +72,7 @@ def demo(
         print_answer(generation, request, answer, url)
         if not once:
             print(f"\nserving on {url} (docs: {url}/docs, metrics: http://127.0.0.1:{ports[1]}/metrics)")
+            print(f"its log, a line a request: {places.bundle.with_suffix('.log')}")
             print("Ctrl-C to stop", flush=True)
             process.wait()
             raise DemoError(f"the service ended by itself with code {process.returncode}")
@@ -108,6 +109,7 @@ def service(bundle: Path, ports: tuple[int, int], workers: int) -> Iterator[subp
     Raises: DemoError if a port is in use: whoever is there would be asked in its place.
     """
     check_ports(ports)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the service would outlive us
     settings = {
         "WINNOW_BUNDLE": str(bundle),
         "WINNOW_PORT": str(ports[0]),

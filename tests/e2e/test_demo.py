@@ -1,6 +1,7 @@
 """The demo command itself, on a slice of the real data: fetch, train, pack, serve, ask, print; and its refusals."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +24,15 @@ def free_ports() -> list[str]:
     return ports
 
 
+def command(folder: Path, port: str, admin_port: str) -> list[str]:
+    words = [sys.executable, "-m", "models", "demo", "--people", str(PEOPLE), "--epochs", "1", "--workers", "2"]
+    words += ["--port", port, "--admin-port", admin_port, "--data", str(folder / "data")]
+    return [*words, "--artefacts", str(folder / "artefacts"), "--bundle", str(folder / "bundle")]
+
+
 def start_demo(folder: Path, port: str, admin_port: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "models", "demo", "--once", "--people", str(PEOPLE), "--epochs", "1"]
-    command += ["--port", port, "--admin-port", admin_port, "--workers", "2"]
-    command += ["--data", str(folder / "data"), "--artefacts", str(folder / "artefacts")]
-    command += ["--bundle", str(folder / "bundle")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    words = [*command(folder, port, admin_port), "--once"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240)
 
 
 def run_demo(folder: Path) -> str:
@@ -88,3 +92,20 @@ def test_the_demo_trains_serves_and_prints_a_ranking_and_the_second_run_reuses_i
     second = run_demo(tmp_path)
     assert f"using {tmp_path / 'bundle'}" in second
     assert re.findall(r"^ +\d+ +[\d.]+ +reranking +(.+)$", second, re.MULTILINE) == ranked
+
+    stopped_by_a_signal_it_leaves_no_service_behind(tmp_path)
+
+
+def stopped_by_a_signal_it_leaves_no_service_behind(folder: Path) -> None:
+    """On the bundle that was made above: making another would take a minute."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        port, admin_port = free_ports()
+        running = subprocess.Popen(command(folder, port, admin_port), stdout=subprocess.PIPE, text=True)
+        assert running.stdout
+        while "Ctrl-C to stop" not in running.stdout.readline():
+            assert running.poll() is None
+        running.send_signal(number)
+        assert running.wait(60) == 0
+        running.stdout.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)))
