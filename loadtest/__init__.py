@@ -1,0 +1,13 @@
+"""Load and faults, from outside: everything here speaks HTTP to a service that runs as a process of its own.
+
+    open_loop.py    requests at the instants they are due, whatever the answers do
+    observed.py     what came back, in columns; latencies in a histogram
+    search.py       the highest rate that holds, and a ramp to the peak
+    launch.py       a service as a process: start, log, metrics, workers, stop
+    noop.py         a server that does nothing, for control
+    agreement.py    an answer against the full funnel's own: NDCG, loss, bootstrap, the same list
+    table.py        figures, bars, the printed table, the line of JSON
+    faults/         the rows of `python -m loadtest faults`
+
+Nothing here imports the service or the offline half.
+"""

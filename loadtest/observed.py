@@ -1,0 +1,120 @@
+"""What came back from an open-loop run: a column a field, a place a request; latencies in an HdrHistogram.
+
+It knows the form of an answer and keeps what rows compare. What an answer is worth is agreement.py's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import orjson
+from hdrh.histogram import HdrHistogram
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+US, LONGEST_US = 1e6, 120_000_000  # histograms count microseconds, to three digits
+
+# Why there was no answer: nothing listened; the connection broke after it was made; patience ended.
+UNREACHABLE, BROKEN, SILENT = "unreachable", "broken", "silent"
+
+
+@dataclass(slots=True)
+class Observed:
+    """What came back, a place a request [n].
+
+    due_s, sent_late_s, latency_s: seconds; latency from the instant it was due, also of failures.
+    status: 0 where there was no answer, and then `error` says why. retry_after: whole seconds, -1 without.
+    body: which of the bodies. cause: "stage reason" of the first degradation, "" for none.
+    wanted, reranked: widths. expected_loss: NaN where the answer has none. ids, scores, is_fresh: the items, best
+    first; is_fresh where the re-ranker scored. started_at: time.monotonic() of instant 0, any process's.
+    """
+
+    due_s: Floats
+    sent_late_s: Floats
+    latency_s: Floats
+    status: NDArray[np.int16]
+    retry_after: NDArray[np.int32]
+    body: NDArray[np.int64]
+    error: list[str]
+    started_at: float = 0.0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    wanted: Floats = field(default_factory=lambda: np.empty(0))
+    reranked: Floats = field(default_factory=lambda: np.empty(0))
+    expected_loss: Floats = field(default_factory=lambda: np.empty(0))
+    cause: list[str] = field(default_factory=list)
+    generation: list[str] = field(default_factory=list)
+    ids: list[list[int | str]] = field(default_factory=list)
+    scores: list[NDArray[np.float32]] = field(default_factory=list)
+    is_fresh: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.due_s)
+
+    @property
+    def is_ok(self) -> NDArray[np.bool_]:
+        """bool[n]: answered with 200."""
+        return np.equal(self.status, 200)
+
+    @property
+    def is_degraded(self) -> NDArray[np.bool_]:
+        """bool[n]: an answer that says what it gave up."""
+        return np.array([bool(c) for c in self.cause], np.bool_)
+
+    @property
+    def coverage(self) -> Floats:
+        """f64[n]: reranked over wanted; 1 where nothing was wanted, NaN without an answer."""
+        share = np.divide(self.reranked, self.wanted, out=np.ones(len(self)), where=self.wanted > 0)
+        return np.where(self.is_ok, share, np.nan)
+
+    def percentile_s(self, p: float, where: NDArray[np.bool_] | None = None) -> float:
+        """The p-th percentile of latency, p in [0, 100], of the answered or of those in `where`; NaN for none."""
+        return percentile_s(self.latency_s[self.is_ok if where is None else where], p)
+
+    @property
+    def cpu_share(self) -> float:
+        """The generator's own CPU, in cores."""
+        return self.cpu_s / self.wall_s if self.wall_s else 0.0
+
+
+def joined(runs: Sequence[Observed]) -> Observed:
+    """Several runs as one; its instants are each run's own."""
+
+    def all_of(name: str) -> Any:
+        parts = [getattr(run, name) for run in runs]
+        if isinstance(parts[0], np.ndarray):
+            return np.concatenate(parts)
+        return sum(parts, start=type(parts[0])())
+
+    return Observed(**{f.name: all_of(f.name) for f in fields(Observed)})
+
+
+def histogram(latency_s: Floats) -> HdrHistogram:
+    """Counts of microseconds with three digits, up to two minutes."""
+    counts = HdrHistogram(1, LONGEST_US, 3)
+    for us in (np.asarray(latency_s) * US).clip(1, LONGEST_US).astype(np.int64).tolist():
+        counts.record_value(us)
+    return counts
+
+
+def percentile_s(latency_s: Floats, p: float) -> float:
+    """The p-th percentile in seconds; NaN for none."""
+    return histogram(latency_s).get_value_at_percentile(p) / US if len(latency_s) else float("nan")
+
+
+def parse(seen: Observed, raw: list[bytes]) -> None:
+    """Fill the columns that are in the bodies of the answers."""
+    n, nothing = len(raw), orjson.loads(b"{}")
+    seen.wanted, seen.reranked, seen.expected_loss = np.zeros(n), np.zeros(n), np.full(n, np.nan)
+    for i, body in enumerate(raw):
+        answer = orjson.loads(body) if seen.status[i] == 200 else nothing
+        items, degraded = answer.get("items", ()), answer.get("degraded")
+        seen.cause.append(f"{degraded[0]['stage']} {degraded[0]['reason']}" if degraded else "")
+        seen.generation.append(answer.get("generation", ""))
+        seen.ids.append([item["id"] for item in items])
+        seen.scores.append(np.array([item["score"] for item in items], np.float32))
+        seen.is_fresh.append(np.array([item["stage"] == "reranking" for item in items], np.bool_))
+        coverage, loss = answer.get("coverage", nothing), answer.get("expected_ndcg_loss")
+        seen.wanted[i], seen.reranked[i] = coverage.get("wanted", 0), coverage.get("reranked", 0)
+        seen.expected_loss[i] = np.nan if loss is None else loss

@@ -1,0 +1,229 @@
+"""The open-loop generator: every request leaves when it is due, whether or not earlier ones were answered.
+
+Latency counts from the *intended* instant. A generator that waits for answers, or that counts from the
+instant it got round to sending, hides the stalls it ought to show (coordinated omission). It runs in a process of its
+own, so that nobody else's work delays its loop, and reports how late it sent and what CPU it used: a run whose
+generator was late or busy says nothing about the server.
+
+It is bounded in requests (the instants are drawn beforehand), in time (`patience_s` after the last) and in
+connections. What came back is observed.py's and parsed after the run; what is
+injected meanwhile is faults/.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import aiohttp
+import numpy as np
+import uvloop
+from yarl import URL
+
+from loadtest.observed import BROKEN, SILENT, UNREACHABLE, Floats, Observed, parse
+
+JSON = {"content-type": "application/json"}
+SETTLE_S = 0.2  # between the generator being ready and the first instant
+
+
+def poisson(rate: float, seconds: float, seed: int = 0) -> Floats:
+    """Instants of a Poisson process of `rate` a second, f64[n] in [0, seconds), rising."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * np.sqrt(rate * seconds) + 10))
+    due = np.cumsum(gaps)
+    return due[due < seconds]
+
+
+def constant(rate: float, seconds: float) -> Floats:
+    """Instants 1 / rate apart, from 0."""
+    return np.arange(int(rate * seconds)) / rate
+
+
+def steps(rates: Sequence[float], step_s: float, seed: int = 0) -> Floats:
+    """Poisson arrivals whose rate changes every `step_s`."""
+    return np.concatenate([poisson(r, step_s, seed + i) + i * step_s for i, r in enumerate(rates)])
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """What to send: request i is bodies[i % len(bodies)], due at due_s[i] seconds after the start."""
+
+    port: int
+    bodies: Sequence[bytes]
+    due_s: Floats
+    path: str = "/v1/rank"
+    patience_s: float = 15.0
+    most_open: int = 4096
+    keeps_alive: bool = True
+
+
+# --------------------------------------------------------------------------------- in a process of its own
+
+
+class Generator:
+    """A generator at work in its own process. `started_at` is its instant 0 on time.monotonic()."""
+
+    def __init__(self, attack: Attack) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._answers, theirs = context.Pipe(duplex=False)
+        self._longest_s = float(attack.due_s[-1]) + attack.patience_s + 60  # parsing, starting
+        self._process = context.Process(target=_generate, args=(theirs, attack), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.started_at: float = self._receive(30)
+
+    def result(self) -> Observed:
+        """Waits for the end. Raises RuntimeError if the generator failed or overran its bound."""
+        observed: Observed = self._receive(self._longest_s)
+        self._process.join()
+        return observed
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self, within_s: float) -> Any:
+        try:
+            if self._answers.poll(within_s):
+                answer = self._answers.recv()
+                if not isinstance(answer, str):
+                    return answer
+                raise RuntimeError(f"the generator failed: {answer}")
+            raise RuntimeError(f"the generator overran {within_s:.0f} s")
+        except (RuntimeError, EOFError):
+            self.stop()
+            raise
+
+
+def attack(what: Attack) -> Observed:
+    """Run one to its end."""
+    return Generator(what).result()
+
+
+def _generate(answers: Connection, what: Attack) -> None:
+    try:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection would be a stall of ours in the server's latency; the run is bounded
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            observed, raw = runner.run(fly(what, answers.send))
+        parse(observed, raw)
+        answers.send(observed)
+    except Exception as e:
+        answers.send(f"{type(e).__name__}: {e}")
+
+
+# ------------------------------------------------------------------------------------------- the flight
+
+
+class _Spec(ctypes.Structure):
+    """struct itimerspec: no repetition, an absolute instant."""
+
+    _fields_ = (("again", ctypes.c_long * 2), ("at", ctypes.c_long * 2))
+
+
+class Alarm:
+    """Wakes the loop at exact instants of time.monotonic(): the loops' own timers are a millisecond coarse."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._file = self._libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._file < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+
+    def on_ring(self, call: Any) -> None:
+        asyncio.get_running_loop().add_reader(self._file, self._ring, call)
+
+    def set(self, at: float) -> None:
+        """Ring at this instant; at once if it is past."""
+        spec = _Spec(at=(ctypes.c_long * 2)(int(at), int(at % 1 * 1e9)))
+        self._libc.timerfd_settime(self._file, 1, ctypes.byref(spec), None)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._file)
+        os.close(self._file)
+
+    def _ring(self, call: Any) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._file, 8)
+        call()
+
+
+async def fly(what: Attack, on_start: Any = lambda _: None) -> tuple[Observed, list[bytes]]:
+    """Send everything when it is due; what came back, unparsed. `on_start` gets instant 0."""
+    n = len(what.due_s)
+    seen = Observed(
+        due_s=what.due_s,
+        sent_late_s=np.zeros(n),
+        latency_s=np.zeros(n),
+        status=np.zeros(n, np.int16),
+        retry_after=np.full(n, -1, np.int32),
+        body=np.arange(n) % len(what.bodies),
+        error=[""] * n,
+    )
+    raw, due, url = [b""] * n, what.due_s.tolist(), URL(f"http://127.0.0.1:{what.port}{what.path}")
+    connector = aiohttp.TCPConnector(limit=what.most_open, force_close=not what.keeps_alive)
+    patience = aiohttp.ClientTimeout(total=what.patience_s)
+    async with aiohttp.ClientSession(connector=connector, timeout=patience, headers=JSON) as session:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(url) as warm:  # the client's first request is slow, whoever answers
+                await warm.read()
+        start = time.monotonic() + SETTLE_S
+
+        async def send(i: int) -> None:
+            intended = start + due[i]
+            seen.sent_late_s[i] = time.monotonic() - intended
+            try:
+                async with session.post(url, data=what.bodies[i % len(what.bodies)]) as answer:
+                    raw[i] = await answer.read()
+                    seen.status[i] = answer.status
+                    after = answer.headers.get("retry-after", "")
+                    seen.retry_after[i] = int(after) if after.isdecimal() else -1
+            except TimeoutError:
+                seen.error[i] = SILENT
+            except aiohttp.ClientConnectorError:
+                seen.error[i] = UNREACHABLE
+            except (aiohttp.ClientError, OSError):
+                seen.error[i] = BROKEN
+            seen.latency_s[i] = time.monotonic() - intended
+
+        on_start(start)
+        began, used = time.monotonic(), time.process_time()
+        await _on_time(send, [start + d for d in due])
+        seen.started_at, seen.cpu_s, seen.wall_s = start, time.process_time() - used, time.monotonic() - began
+    return seen, raw
+
+
+async def _on_time(send: Any, instants: list[float]) -> None:
+    """Call send(i) as a task at each instant; return when all have ended."""
+    alarm, tasks, all_sent = Alarm(), set[asyncio.Task[None]](), asyncio.Event()
+    following = 0
+
+    def ring() -> None:
+        nonlocal following
+        while following < len(instants) and instants[following] <= time.monotonic():
+            task = asyncio.create_task(send(following))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            following += 1
+        if following < len(instants):
+            alarm.set(instants[following])
+        else:
+            all_sent.set()
+
+    alarm.on_ring(ring)
+    ring()
+    await all_sent.wait()
+    alarm.close()
+    await asyncio.gather(*tasks)

@@ -1,0 +1,37 @@
+"""The search for the highest rate, and the ramp to the peak, over runs that are arithmetic."""
+
+import pytest
+
+from loadtest.search import highest_rate, peak
+
+
+@pytest.mark.parametrize("capacity", [7.0, 50.0, 333.0, 2_000.0])
+def test_the_search_ends_within_its_tolerance_below_the_capacity(capacity):
+    found = highest_rate(lambda rate: rate <= capacity, 50.0, within=0.05)
+    assert capacity / 1.05 <= found <= capacity
+
+
+def test_one_bad_run_does_not_end_the_search():
+    runs = []
+
+    def holds(rate):
+        runs.append(rate)
+        return rate <= 100 and len(runs) != 2
+
+    assert highest_rate(holds, 50.0) == pytest.approx(100, rel=0.05)
+
+
+def test_a_service_that_never_holds_has_no_rate():
+    assert highest_rate(lambda rate: False, 50.0, tries=1) == 0
+
+
+def test_a_search_without_an_end_is_ended():
+    with pytest.raises(RuntimeError, match="no end of the search"):
+        highest_rate(lambda rate: True, 50.0)
+
+
+def test_the_peak_is_the_best_of_the_ramp():
+    assert peak(lambda rate: min(rate, 100.0), 10.0) == 100
+    assert peak(lambda rate: rate if rate <= 100 else 0.0, 10.0) == pytest.approx(
+        10 * 1.3**8
+    )  # the last step under 100
