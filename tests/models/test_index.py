@@ -25,17 +25,18 @@ def silent(_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "kind"),
+    ("n", "d", "width", "kind"),
     [
-        (20_000, 64, "flat"),
-        (20_001, 64, "hnsw"),
-        (1_000_001, 64, "ivf_sq8"),
-        (4_000_001, 64, "ivf_pq"),
-        (4_000_001, 63, "ivf_sq8"),
+        (20_000, 64, 500, "flat"),
+        (20_001, 64, 500, "hnsw"),
+        (20_001, 64, 501, "ivf_sq8"),
+        (1_000_001, 64, 500, "ivf_sq8"),
+        (4_000_001, 64, 500, "ivf_pq"),
+        (4_000_001, 63, 500, "ivf_sq8"),
     ],
 )
-def test_the_size_of_the_catalogue_suggests_the_kind(n: int, d: int, kind: str) -> None:
-    assert index.kind_for(n, d) == kind
+def test_the_catalogues_size_and_the_width_suggest_the_kind(n: int, d: int, width: int, kind: str) -> None:
+    assert index.kind_for(n, d, width) == kind
 
 
 def test_a_small_catalogue_is_searched_exactly() -> None:

@@ -1,0 +1,138 @@
+"""The made-up world: seeded, clustered, and its stand-in models agree as trained ones would."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.bundle import Generation, load
+from app.wire import RankRequest
+from models import evaluate, synthesize
+from models.__main__ import main
+
+N, D = 2_000, 16
+WIDTH, KEEP = N // 10, N // 40
+
+
+def make(out: Path, seed: int, threads: int) -> None:
+    """By the command, in a process whose numpy may use so many threads."""
+    command = [sys.executable, "-m", "models", "synthesize", "--items", str(N), "--dim", str(D)]
+    subprocess.run(
+        [*command, "--seed", str(seed), "--out", str(out)],
+        env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": str(threads)},
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seed 0, seed 0 again and seed 1, made at the same instant."""
+    root = tmp_path_factory.mktemp("worlds")
+    for name, seed, threads in (("first", 0, 1), ("again", 0, 2), ("other", 1, 1)):
+        make(root / name / "w1", seed, threads)
+    return root
+
+
+@pytest.fixture(scope="module")
+def world(folder: Path) -> Generation:
+    return load(folder / "first/w1")
+
+
+@pytest.fixture(scope="module")
+def scored(world: Generation, folder: Path) -> list[evaluate.ScoredThrough]:
+    requests = evaluate.read_requests(folder / "first/w1.requests.jsonl")[:100]
+    return list(evaluate.score_through(world, evaluate.resolve(world, requests)))
+
+
+def test_the_same_seed_makes_the_same_files_on_any_number_of_threads(folder: Path) -> None:
+    for name in ("w1/manifest.json", "w1.requests.jsonl"):  # the manifest holds a digest of every other file
+        assert (folder / "first" / name).read_bytes() == (folder / "again" / name).read_bytes()
+
+
+def test_another_seed_is_another_world_with_the_same_ids(folder: Path, world: Generation) -> None:
+    other = load(folder / "other/w1")
+    assert np.array_equal(other.ids.ids, world.ids.ids)
+    assert world.users is not None and other.users is not None
+    assert np.array_equal(other.users.ids.ids, world.users.ids.ids)
+    assert not np.array_equal(other.tables["embedding"], world.tables["embedding"])
+
+
+def test_nothing_but_the_bundle_and_its_requests_is_left(folder: Path) -> None:
+    assert sorted(p.name for p in (folder / "first").iterdir()) == ["w1", "w1.requests.jsonl"]
+
+
+def test_a_small_catalogue_has_widths_of_a_tenth_and_a_quarter_of_that(world: Generation) -> None:
+    funnel = world.manifest.funnel
+    assert (world.n_items, world.d, funnel.retrieve, funnel.rerank) == (N, D, WIDTH, KEEP)
+    assert world.tables["features"].shape == (N, 32)
+
+
+def test_category_price_and_year_can_be_filtered_by(world: Generation) -> None:
+    assert {"category", "price", "year"} <= set(world.filterable)
+    assert world.vocab["category"]["category-07"] == 7
+
+
+def test_items_of_one_cluster_are_more_alike_than_others(world: Generation) -> None:
+    embedding, cluster = world.tables["embedding"], np.asarray(world.tables["category"])  # N / 100 clusters, < 40
+    alike, same = embedding @ embedding.T, cluster[:, None] == cluster
+    assert alike[same].mean() > alike[~same].mean() + 0.5
+
+
+def test_requests_are_wire_requests_of_people_by_zipf_and_one_in_twenty_from_a_newcomer(folder: Path) -> None:
+    requests = evaluate.read_requests(folder / "first/w1.requests.jsonl")
+    for request in requests:
+        RankRequest.model_validate(request)
+    people = Counter(request["user"].get("id") for request in requests)
+    assert (len(requests), people.pop(None)) == (5_000, 5_000 // 20)
+    n_people = N // 10
+    assert set(people) <= set(range(1, n_people + 1))
+    expected = synthesize.zipf(n_people, synthesize.PEOPLE_ZIPF)[0] * sum(people.values())
+    assert people.most_common(1)[0][1] == pytest.approx(expected, rel=0.2)
+
+
+def test_zipf_halves_where_the_rank_doubles_at_exponent_one() -> None:
+    assert synthesize.zipf(4, 1.0) == pytest.approx(np.array([12, 6, 4, 3]) / 25)
+
+
+def test_a_person_is_an_embedding_of_length_one(scored: list[evaluate.ScoredThrough]) -> None:
+    for s in scored:
+        assert np.linalg.norm(s.candidates.user_embedding) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_moment_moves_what_is_found(world: Generation) -> None:
+    users = {"id": 1}
+    requests = [{"user": users, "context": {"moment": [x] + [0.0] * 7}} for x in (-2.0, 2.0)]
+    one, other = evaluate.embed(world, evaluate.resolve(world, requests))
+    assert one @ other < 0.999
+
+
+def test_scores_are_probabilities_that_spread(scored: list[evaluate.ScoredThrough]) -> None:
+    scores = np.concatenate([s.reranking for s in scored])
+    assert scores.min() > 0 and scores.max() < 1
+    assert np.quantile(scores, 0.95) - np.quantile(scores, 0.05) > 0.3
+
+
+def test_each_stage_is_a_hint_of_the_next_and_none_its_copy(scored: list[evaluate.ScoredThrough]) -> None:
+    """Of the re-ranker's best 20, the pre-ranker's best quarter holds most, and retrieval's less."""
+
+    def kept(earlier: np.ndarray, later: np.ndarray) -> float:
+        return float(np.isin(np.argsort(-later)[:20], np.argsort(-earlier)[:KEEP]).mean())
+
+    by_retrieval = np.mean([kept(s.candidates.retrieval_scores, s.reranking) for s in scored])
+    by_preranking = np.mean([kept(s.preranking, s.reranking) for s in scored])
+    assert KEEP / WIDTH + 0.1 < by_retrieval < by_preranking < 1
+    assert by_preranking > 0.75
+
+
+def test_a_catalogue_too_small_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets: here it mustn't outlive the test
+    assert main(["synthesize", "--items", "999", "--out", str(tmp_path / "w1")]) == 2
+    assert "allowed are 1,000 and 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
