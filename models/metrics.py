@@ -48,6 +48,22 @@ def ndcg(ranks: NDArray[np.int64], k: int = 10) -> Floats:
     return np.where(ranks < k, 1.0 / np.log2(np.minimum(ranks, k) + 2.0), 0.0)
 
 
+def place_gains(k: int) -> Floats:
+    """f64[k]: what the items of an ideal answer are worth, (k - r) / k for the one at rank r."""
+    return (k - np.arange(k)) / k
+
+
+def dcg(gains: Floats) -> Floats:
+    """f64[...]: sum over places p from 0 of gain / log2(2 + p); gains f64[..., places]."""
+    return np.asarray(gains @ (1.0 / np.log2(2.0 + np.arange(gains.shape[-1]))))
+
+
+def ndcg_loss(shown: Floats, ideal: Floats) -> Floats:
+    """f64[...]: 1 - DCG(shown) / DCG(ideal), for gains by place f64[..., places]; 0 where nothing can be gained."""
+    best = dcg(ideal)
+    return np.where(best > 0, 1.0 - dcg(shown) / np.maximum(best, 1e-300), 0.0)
+
+
 def over_people(person: NDArray[np.int64], values: Floats, seed: int = 0) -> Estimate:
     """The mean over queries, with the bootstrap interval over people. A paired one: give differences."""
     _, number = np.unique(person, return_inverse=True)

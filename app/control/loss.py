@@ -1,0 +1,73 @@
+"""What a degraded answer is expected to lose: a pure rule on the bundle's table of measured losses.
+
+A loss is 1 - DCG / ideal DCG, where the item at rank r of the full funnel's own k best gains (k - r) / k. The table
+gives it by what re-ranking missed, for several shares of retrieval's width and for several shares pre-ranked; here
+the parts of one request's coverage become one number. How the table is measured is the business of `pack`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.control.degradation import USER_LATE
+from app.flow import Outcome, RequestScope, Scored, Stage, StageReport
+from app.manifest import LossCurves, LossTable
+
+
+def expected_loss(table: LossTable, scope: RequestScope, fine: Scored) -> float | None:
+    """The expected loss, in [0, 1], of the answer that selection makes of `fine`; None if it was never measured.
+
+    fine: in the order in which re-ranking received it, which is what the bands are cut from.
+    """
+    reports = {report.stage: report for report in scope.reports}
+    retrieval, wanted = reports[Stage.RETRIEVAL], reports[Stage.RERANKING].wanted
+    missing = missing_shares(table.edges, ~fine.is_fresh[:wanted]).tolist()
+    preranked = _share(reports[Stage.PRERANKING])
+    if retrieval.outcome in (Outcome.LATE, Outcome.FAILED):
+        loss = at_share(table.popular, preranked, missing)
+    else:  # fewer than wanted is no loss where there are no more
+        retrieved = _share(retrieval) if retrieval.outcome is Outcome.PARTIAL else 1.0
+        loss = loss_of_shares(table, retrieved, preranked, missing)
+    if USER_LATE not in scope.degradations:
+        return loss
+    return None if table.nameless is None else 1 - (1 - loss) * (1 - table.nameless)
+
+
+def loss_of_shares(table: LossTable, retrieved: float, preranked: float, missing: Sequence[float]) -> float:
+    """The loss when a share of the width was retrieved, best first, and a share of that pre-ranked.
+
+        t · preranking(r p) + (1 - t) · retrieval(r p),   t = (1 - p) / (1 - r p)
+
+    A share r p of the width is pre-ranked either way; of the rest, t is there with its retrieval score and the
+    others are not there at all. Exact where one of the shares is 1.
+    """
+    both = retrieved * preranked
+    t = (1 - preranked) / (1 - both) if both < 1 else 0.0
+    there = at_share(table.preranking, both, missing) if t > 0 else 0.0
+    absent = at_share(table.retrieval, both, missing) if t < 1 else 0.0
+    return t * there + (1 - t) * absent
+
+
+def at_share(family: LossCurves, share: float, missing: Sequence[float]) -> float:
+    """The loss between the curves of the two nearest shares; beyond the ends, that of the end.
+
+    missing: of each band, see `missing_shares`.
+    """
+    losses = [np.interp(np.dot(curve.weights, missing), curve.x, curve.y) for curve in family.curves]
+    return float(np.interp(share, family.shares, losses))
+
+
+def missing_shares(edges: tuple[int, ...], is_missing: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of each band's positions, the share that was wanted and not re-ranked: f64[..., bands].
+
+    is_missing: bool[..., wanted], position by position; positions that were never wanted don't count.
+    """
+    padded = np.zeros((*is_missing.shape[:-1], edges[-1]))
+    n = min(edges[-1], is_missing.shape[-1])
+    padded[..., :n] = is_missing[..., :n]
+    return np.add.reduceat(padded, edges[:-1], axis=-1) / np.subtract(edges[1:], edges[:-1])
+
+
+def _share(report: StageReport) -> float:
+    return min(1.0, report.done / report.wanted) if report.wanted else 1.0
