@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,10 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 	touch $@
 
 install: $(VENV)/dev.stamp  ## make .venv with everything: serving, training, testing
+
+$(VENV)/loadtest.stamp: $(VENV)/serve.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[loadtest,pack]'
+	touch $@
 
 demo: $(VENV)/train.stamp  ## fetch, train, pack, serve, and rank once; stays up until Ctrl-C
 	$(BIN)/python -m models demo --port $(PORT) --admin-port $(ADMIN_PORT) --workers $(WORKERS)
@@ -52,6 +56,15 @@ format: $(VENV)/dev.stamp  ## format the tree and mend what the linter can
 
 bench-quality: $(VENV)/train.stamp  ## fit, measure and print the quality table; exits non-zero under a bar
 	$(BIN)/python -m models.bench_quality
+
+models/bundles/w1/manifest.json: | $(VENV)/loadtest.stamp
+	$(BIN)/python -m models synthesize --seed 0 --out models/bundles/w1 --name w1
+
+models/bundles/w1b/manifest.json: | $(VENV)/loadtest.stamp
+	$(BIN)/python -m models synthesize --seed 1 --out models/bundles/w1b --name w1b
+
+bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models/bundles/w1b/manifest.json  ## faults and overload on a million items: over an hour
+	$(BIN)/python -m loadtest faults
 
 clean:  ## remove what was made: the venv, data, bundles, caches
 	rm -rf $(VENV) data models/bundles models/artefacts reports .pytest_cache .mypy_cache .ruff_cache

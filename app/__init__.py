@@ -17,7 +17,8 @@ To change                                   open
   what is known of a person                   users.py
   the wire: fields, limits                    wire.py
   routes, statuses, keys                      api.py, keys.py
-  a rule on time or on what replaces what     control/
+  a rule on time, on what replaces what, on
+  what that loses                             control/
   a metric, a log field                       metrics.py, log.py
   a tunable                                   settings.py
 """

@@ -34,17 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if parsed.command == "serve":
             return run(from_environment())
-        _report(_checked(parsed.bundle, parsed.digest))
+        generation = load(parsed.bundle, parsed.digest)
+        asyncio.run(prove(generation))
+        _report(generation)
     except (BundleError, SettingsError) as e:
         print(f"refused: {e}", file=sys.stderr)
         return 2
     return 0
-
-
-def _checked(bundle: Path, digest: str | None) -> Generation:
-    generation = load(bundle, digest)
-    asyncio.run(prove(generation))
-    return generation
 
 
 def _report(g: Generation) -> None:

@@ -10,101 +10,90 @@ import random
 import re
 import time
 import uuid
-from dataclasses import asdict
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import PlainTextResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app import errors, wire
-from app.flow import Stage
+from app.flow import Ranking, Stage
 from app.funnel import require_full
-from app.service import Answered, Service
+from app.gate import Phase
+from app.service import Answered, Service, Serving
 from app.settings import Limits
 
 log = logging.getLogger("winnow.request")
 
-# error → status, and the outcome that the metrics count
-STATUSES: dict[type[Exception], tuple[HTTPStatus, str]] = {
+# error of ranking → status, and the outcome that the metrics count; what isn't in the table is our bug
+OF_RANKING: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.MalformedBody: (HTTPStatus.BAD_REQUEST, "client_error"),
-    errors.InvalidRequest: (HTTPStatus.UNPROCESSABLE_ENTITY, "client_error"),
-    errors.BodyTooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "client_error"),
-    errors.UnsupportedMedia: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "client_error"),
     errors.NotAuthenticated: (HTTPStatus.UNAUTHORIZED, "client_error"),
     errors.NotAllowed: (HTTPStatus.FORBIDDEN, "client_error"),
+    errors.BodyTooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "client_error"),
+    errors.UnsupportedMedia: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "client_error"),
+    errors.InvalidRequest: (HTTPStatus.UNPROCESSABLE_ENTITY, "client_error"),
+    errors.ContractError: (HTTPStatus.INTERNAL_SERVER_ERROR, "error"),
     errors.CapacityError: (HTTPStatus.SERVICE_UNAVAILABLE, "refused"),
     errors.DeadlineMissed: (HTTPStatus.GATEWAY_TIMEOUT, "deadline"),
+}
+WHY_NOT = {status.value: error.__doc__ for error, (status, _) in OF_RANKING.items()}
+STATUSES = OF_RANKING | {
+    errors.NotThere: (HTTPStatus.NOT_FOUND, "client_error"),
+    errors.Conflict: (HTTPStatus.CONFLICT, "client_error"),
 }
 RETRY_AFTER_S = (1, 3)  # drawn anew for each refusal, so that the refused don't come back together
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 PROBLEM = "application/problem+json"
-WHY_NOT = {
-    400: "not JSON",
-    401: "no key, or an unknown one",
-    403: "a key without this right",
-    413: "the body is too large",
-    415: "not application/json",
-    422: "not the schema: which field, and what is allowed",
-    500: "a defect of the service",
-    503: "no permit: starting, draining or full",
-    504: "`strict`: the full funnel did not fit the deadline",
-}
-
-
-class ErrorPart(wire.Wire):
-    field: str
-    value: Any
-    allowed: str
 
 
 class Problem(wire.Wire):
     """RFC 9457, with the fields that are wrong and the request's id."""
 
-    type: str
+    type: str = "about:blank"
     title: str
     status: int
     detail: str
-    errors: list[ErrorPart]
+    errors: tuple[errors.FieldError, ...]
     request_id: str
 
 
 def routes(service: Service) -> APIRouter:
     """The ranking port."""
     router = APIRouter()
-    refs: dict[int | str, dict[str, Any]] = {
-        code: {"description": why, "content": _content("Problem", PROBLEM)} for code, why in WHY_NOT.items()
+    responses: dict[int | str, dict[str, Any]] = {
+        code: {"description": why, "content": _content(Problem, PROBLEM)} for code, why in WHY_NOT.items()
     }
-    found = {"description": "ranked", "content": _content("RankResponse"), "headers": _REQUEST_ID_HEADER}
+    responses[200] = {
+        "description": "ranked",
+        "content": _content(wire.RankResponse),
+        "headers": {"X-Request-Id": {"schema": {"type": "string"}}},
+    }
 
-    @router.post(
-        "/v1/rank",
-        summary="Rank the catalogue, or the caller's candidates, for one person",
-        response_class=Response,
-        responses={200: found, **refs},
-        openapi_extra={"requestBody": {"required": True, "content": _content("RankRequest")}},
-    )
+    request_body = {"required": True, "content": _content(wire.RankRequest)}
+
+    @router.post("/v1/rank", response_class=Response, responses=responses, openapi_extra={"requestBody": request_body})
     async def rank(request: Request) -> Response:
+        """Rank the catalogue, or the caller's candidates, for one person."""
         return await _answer(request, service)
 
-    @router.get("/livez", summary="The loop is alive", response_class=Response, responses={200: _PLAIN})
+    @router.get("/livez", response_class=PlainTextResponse)
     async def livez() -> Response:
-        return Response("alive\n", media_type="text/plain")
+        """The loop is alive."""
+        return PlainTextResponse("alive\n")
 
-    @router.get(
-        "/readyz",
-        summary="Warm, at least one worker alive, not draining",
-        response_class=Response,
-        responses={200: _PLAIN, 503: _PLAIN},
-    )
+    @router.get("/readyz", response_class=PlainTextResponse, responses={503: {"model": str}})
     async def readyz() -> Response:
+        """Warm, at least one worker alive, not draining."""
         if service.is_ready:
-            return Response("ready\n", media_type="text/plain")
-        return Response(f"not ready: {service.gate.phase}\n", 503, media_type="text/plain")
+            return PlainTextResponse("ready\n")
+        return PlainTextResponse(f"not ready: {service.gate.phase}\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
     return router
 
@@ -118,29 +107,35 @@ def admin_routes(service: Service) -> APIRouter:
         body, media_type = service.metrics.render()
         return Response(body, headers={"content-type": media_type})
 
-    @router.get("/admin/generations", response_class=Response)
-    async def generations() -> Response:
-        now = time.monotonic()
-        held = [
-            {"role": role, "digest": digest, "age_s": round(now - loaded_at, 1), **_of_manifest(service)}
-            for role, digest, loaded_at in service.generations()
-        ]
-        return Response(orjson.dumps({"generations": held}), media_type="application/json")
+    @router.get("/admin/generations")
+    async def generations() -> dict[str, Any]:
+        held = [{"role": role, **_of_serving(one)} for role, one in service.held.items()]
+        return {"generations": held, "loading": service.loading or None}
+
+    @router.post("/admin/generations", status_code=HTTPStatus.ACCEPTED)
+    async def offer(request: Request) -> dict[str, Any]:
+        asked = wire.read(await _body(request), wire.OfferRequest)
+        service.offer(Path(asked.path), activate=asked.activate)
+        return {}
+
+    @router.post("/admin/rollback", status_code=HTTPStatus.ACCEPTED)
+    async def roll_back() -> dict[str, Any]:
+        service.roll_back()
+        return {}
 
     return router
 
 
-def _of_manifest(service: Service) -> dict[str, Any]:
-    if service.serving is None:
-        return {}
-    manifest = service.serving.generation.manifest
+def _of_serving(held: Serving) -> dict[str, Any]:
+    manifest = held.generation.manifest
     return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "created": manifest.created,
+        "digest": held.generation.digest,
+        "age_s": round(time.monotonic() - held.loaded_at, 1),
+        "inflight": held.inflight,
+        "workers": held.pool.pids(),
         "items": manifest.retrievers[0].n,
-        "retriever": manifest.retrievers[0].model_dump(),
-        "offline_metrics": manifest.offline_metrics,
+        "retriever": manifest.retrievers[0],
+        **manifest.model_dump(include={"name", "version", "created", "offline_metrics"}),
     }
 
 
@@ -149,32 +144,35 @@ def _of_manifest(service: Service) -> dict[str, Any]:
 
 async def _answer(request: Request, service: Service) -> Response:
     received_at = request.scope.get("winnow.received_at", time.monotonic())
-    request_id, answered = _request_id(request.headers.get("x-request-id")), None
+    request_id, answered = _request_id(request), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
         sent = await _body(request)
         is_large = len(sent) > wire.LARGE_BODY
         asked = await asyncio.to_thread(wire.parse, sent) if is_large else wire.parse(sent)
         request_id = asked.request_id or request_id
-        answered = await service.rank(asked, request_id, received_at, is_large=is_large)
+        complete_at = request.scope.get("winnow.complete_at", received_at)
+        answered = await service.rank(asked, request_id, (received_at, complete_at), is_large=is_large)
         if answered.query.is_strict:
             require_full(answered.ranking)
-        took_ms = _took_ms(answered, time.monotonic() - received_at)
+        total_s = time.monotonic() - received_at
+        took_ms = {"users": _ms(answered.users_s), **_stage_ms(answered.ranking), "total": _ms(total_s)}
         body = orjson.dumps(wire.answer(answered.query, answered.ranking, answered.ids, took_ms))
-        response = Response(body, media_type="application/json")
+        response = Response(body, headers={"x-request-id": request_id}, media_type="application/json")
         outcome = "degraded" if answered.ranking.degradations else "ok" if len(answered.ranking) else "empty"
-    except errors.WinnowError as e:
-        response, outcome = problem(e, request_id)
     except Exception as e:
         response, outcome = problem(e, request_id)
-    response.headers["x-request-id"] = request_id
+    if service.gate.phase is Phase.DRAINING:
+        response.headers["connection"] = "close"  # or the client would come back on a socket that is about to go
     seconds = time.monotonic() - received_at
     service.metrics.request(outcome, seconds)
-    _log(request, request_id, outcome, response.status_code, seconds, answered)
+    traceparent, status = request.headers.get("traceparent"), response.status_code
+    _log(answered, request_id=request_id, traceparent=traceparent, outcome=outcome, status=status, ms=_ms(seconds))
     return response
 
 
-def _request_id(sent: str | None) -> str:
+def _request_id(request: Request) -> str:
+    sent = request.headers.get("x-request-id")
     return sent if sent and REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
@@ -194,23 +192,16 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _took_ms(answered: Answered, total_s: float) -> dict[str, float]:
-    stages = {r.stage.label: r.seconds for r in answered.ranking.reports}
-    seconds = {"users": answered.users_s, **stages, "total": total_s}
-    return {name: round(s * 1e3, 3) for name, s in seconds.items()}
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
 
 
-def _log(
-    request: Request, request_id: str, outcome: str, status: int, seconds: float, answered: Answered | None
-) -> None:
-    """One line a request."""
-    fields: dict[str, Any] = {
-        "request_id": request_id,
-        "traceparent": request.headers.get("traceparent"),
-        "outcome": outcome,
-        "status": status,
-        "ms": round(seconds * 1e3, 3),
-    }
+def _stage_ms(ranking: Ranking) -> dict[str, float]:
+    return {r.stage.label: _ms(r.seconds) for r in ranking.reports}
+
+
+def _log(answered: Answered | None, **fields: Any) -> None:
+    """One line a request: these fields, and what there is to say of its ranking."""
     if answered:
         ranking, reranking = answered.ranking, answered.ranking.report(Stage.RERANKING)
         fields |= {
@@ -222,75 +213,60 @@ def _log(
             "wanted": reranking.wanted,
             "reranked": reranking.done,
             "degraded": [f"{d.stage.label}: {d.reason}" for d in ranking.degradations],
-            "stage_ms": {r.stage.label: round(r.seconds * 1e3, 3) for r in ranking.reports},
+            "stage_ms": _stage_ms(ranking),
         }
     log.info("rank", extra={"fields": fields})
 
 
+# -------------------------------------------------------------------------------------------- problems
+
+
 def problem(error: Exception, request_id: str) -> tuple[Response, str]:
-    """The answer to an error, and its outcome. What isn't in the table is our bug: a 500 without a trace."""
-    status, outcome = STATUSES.get(type(error), (HTTPStatus.INTERNAL_SERVER_ERROR, "error"))
-    detail = str(error)
-    if outcome == "error":
+    """The answer to an error, and its outcome; to our bugs a 500 without a trace."""
+    status, outcome = STATUSES.get(type(error), STATUSES[errors.ContractError])
+    detail, headers = str(error), {"x-request-id": request_id}
+    if isinstance(error, HTTPException):  # 404 and 405, which no route of ours sees
+        status, detail = HTTPStatus(error.status_code), error.detail
+        headers |= error.headers or {}
+    elif outcome == "error":
         log.error("request %s failed", request_id, exc_info=error)
         detail = "a defect of the service; the log has it under the request id"
-    fields = error.errors if isinstance(error, errors.InvalidRequest) else ()
-    body = _problem_body(status, detail, [asdict(f) for f in fields], request_id)
-    response = Response(body, status, media_type=PROBLEM)
     if status is HTTPStatus.UNAUTHORIZED:
-        response.headers["www-authenticate"] = "Bearer"
+        headers["www-authenticate"] = "Bearer"
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        response.headers["retry-after"] = str(random.randint(*RETRY_AFTER_S))  # noqa: S311
-    return response, outcome
+        headers["retry-after"] = str(random.randint(*RETRY_AFTER_S))  # noqa: S311
+    fields = error.errors if isinstance(error, errors.InvalidRequest) else ()
+    body = Problem(title=status.phrase, status=status, detail=detail, errors=fields, request_id=request_id)
+    return Response(body.model_dump_json(), status, headers, PROBLEM), outcome
 
 
-def _problem_body(status: HTTPStatus, detail: str, fields: list[dict[str, Any]], request_id: str) -> bytes:
-    return orjson.dumps(
-        {
-            "type": "about:blank",
-            "title": status.phrase,
-            "status": status.value,
-            "detail": detail,
-            "errors": fields,
-            "request_id": request_id,
-        }
-    )
-
-
-async def not_found(request: Request, error: Exception) -> Response:
-    """404 and 405, which no route of ours sees."""
-    assert isinstance(error, HTTPException)  # noqa: S101
-    request_id = _request_id(request.headers.get("x-request-id"))
-    body = _problem_body(HTTPStatus(error.status_code), str(error.detail), [], request_id)
-    headers = {**(error.headers or {}), "x-request-id": request_id}
-    return Response(body, error.status_code, headers, PROBLEM)
+async def refuse(request: Request, error: Exception) -> Response:
+    """What is raised outside POST /v1/rank, as a problem."""
+    return problem(error, _request_id(request))[0]
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI
 
-_REQUEST_ID_HEADER = {"X-Request-Id": {"schema": {"type": "string"}}}
-_PLAIN = {"description": "a word", "content": {"text/plain": {"schema": {"type": "string"}}}}
+SCHEMA = "#/components/schemas/{model}"
 
 
-def _content(schema: str, media_type: str = "application/json") -> dict[str, Any]:
-    return {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+def _content(schema: type[wire.Wire], media_type: str = "application/json") -> dict[str, Any]:
+    return {media_type: {"schema": {"$ref": SCHEMA.format(model=schema.__name__)}}}
 
 
 def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     """The document, with the wire schemas and an example that the served bundle answers."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    operation = document["paths"]["/v1/rank"]["post"]
     _, schemas = models_json_schema(
         [(wire.RankRequest, "validation"), (wire.RankResponse, "serialization"), (Problem, "serialization")],
-        ref_template="#/components/schemas/{model}",
+        ref_template=SCHEMA,
     )
-    components = document.setdefault("components", {})
-    components.setdefault("schemas", {}).update(schemas["$defs"])
-    # Golden requests come from somebody's log: not for readers without a key.
-    if service.serving and service.serving.generation.manifest.golden and not service.keys.are_required:
-        example = service.serving.generation.manifest.golden[0].request
-        content = document["paths"]["/v1/rank"]["post"]["requestBody"]["content"]
-        content["application/json"]["example"] = example
+    components = document["components"] = {"schemas": schemas["$defs"]}
     if service.keys.are_required:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["paths"]["/v1/rank"]["post"]["security"] = [{"key": []}]
+        operation["security"] = [{"key": []}]
+    elif service.serving:  # golden requests come from somebody's log: not for readers without a key
+        example = service.serving.generation.manifest.golden[0].request
+        operation["requestBody"]["content"]["application/json"]["example"] = example
     return document

@@ -12,8 +12,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from app.errors import BundleError
-from app.features import HISTORY_FEATURES, ROW, FeatureSchema, ModelInput, Source, Tables, model_dtype
+from app.errors import BundleError, require
+from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, re_ranker_inputs
+from app.flow import Candidates, Person
 
 
 def check_graph(session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
@@ -24,54 +25,46 @@ def check_graph(session: ort.InferenceSession, file: str, inputs: tuple[ModelInp
         raise BundleError(f"{file}: input {name} is bound more than once")
     for name in sorted(set(graph) ^ set(bound)):
         raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}")
+    readable = [name for name, table in tables.items() if table.dtype.kind != "U"]
     for i in inputs:
-        _check_input(graph[i.name], *_bound_shape(tables, i, file), file)
-        if i.mask:
-            _check_input(graph[i.mask], np.float32, (i.length,), file)
+        is_there = i.table in (None, ROW, *readable)
+        require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
+    for name, array in _inputs_of_nothing(inputs, tables).items():
+        _check_input(graph[name], array, file)
 
 
 def check_names(features: FeatureSchema, tables: Tables) -> None:
     """The linear pre-ranker's features exist, and what they read has the form that their definition asks."""
-    fields = features.fields
     for name in features.pre_ranker:
         kind, _, argument = name.partition(".")
-        table = tables.get(argument.partition(".")[0])
-        if kind in ("retrieval_score", "history_log_count"):
-            continue
-        if name in fields:
-            if math.prod(fields[name].shape) != 1:
-                raise BundleError(f"pre_ranker.npz: {name} is {fields[name].shape}, a feature is one number")
-        elif kind != "item" and kind not in HISTORY_FEATURES:
-            raise BundleError(f"pre_ranker.npz: no feature is named {name}")
-        elif table is None or not _is_readable(kind, argument.partition(".")[2], table):
-            raise BundleError(f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
+        table, _, column = argument.partition(".")
+        if field := features.fields.get(name):
+            is_one = math.prod(field.shape) == 1
+            require(is_one, f"pre_ranker.npz: {name} is {field.shape}, a feature is one number")
+        elif kind in ("item", *HISTORY_FEATURES):
+            fits = table in tables and _is_readable(kind, column, tables[table])
+            require(fits, f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
+        else:
+            is_known = kind in ("retrieval_score", "history_log_count")
+            require(is_known, f"pre_ranker.npz: no feature is named {name}")
 
 
-def _check_input(node: ort.NodeArg, dtype: type, shape: tuple[int, ...], file: str) -> None:
-    """An input of a graph has this type and, after the first axis, this shape; open axes take any size."""
-    want = {"tensor(float)": np.float32, "tensor(int64)": np.int64}.get(node.type)
-    axes = node.shape[1:]
+def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, NDArray[Any]]:
+    """What the graph gets for no candidates and nobody: arrays of the type and shape that it always gets."""
+    rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
+    nobody = Person(rows, {i.key: i.filled() for i in inputs if i.field})
+    nothing = Candidates(rows, scores, rows.astype(np.uint32), np.zeros(tables["embedding"].shape[1], np.float32))
+    return re_ranker_inputs(inputs, Inputs(tables, nobody, nothing, {}))
+
+
+def _check_input(node: ort.NodeArg, array: NDArray[Any], file: str) -> None:
+    """An input of a graph has the array's type and, after the first axis, its shape; open axes take any size."""
+    dtype, shape, axes = array.dtype.name, array.shape[1:], node.shape[1:]
+    wanted = {"tensor(float)": "float32", "tensor(int64)": "int64"}.get(node.type)
     fits = len(axes) == len(shape) and all(a == s or not isinstance(a, int) for a, s in zip(axes, shape, strict=True))
-    if want is not dtype or not fits:
-        gives = f"{dtype.__name__} [n, {', '.join(map(str, shape))}]"
-        raise BundleError(f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {gives}")
-
-
-def _bound_shape(tables: Tables, i: ModelInput, file: str) -> tuple[type, tuple[int, ...]]:
-    """Type and shape (without the first axis) of what the schema gives this input."""
-    if i.source in (Source.HISTORY, Source.ITEM_TABLE):
-        lead = (i.length,) if i.source is Source.HISTORY else ()
-        if i.table == ROW:
-            return np.int64, lead
-        if i.table not in tables or tables[str(i.table)].dtype.kind == "U":
-            raise BundleError(f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
-        table = tables[str(i.table)]
-        return model_dtype(table), lead + table.shape[1:]
-    if i.source in (Source.USER_EMBEDDING, Source.ITEM_EMBEDDING):
-        return np.float32, tables["embedding"].shape[1:]
-    if i.source is Source.RETRIEVAL_SCORE:
-        return np.float32, ()
-    return np.dtype(i.dtype).type, i.shape
+    gives = f"{dtype} [n, {', '.join(map(str, shape))}]"
+    is_same = wanted == dtype and fits
+    require(is_same, f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {gives}")
 
 
 def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:

@@ -16,22 +16,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import RootModel, ValidationError
+from pydantic import Field, TypeAdapter
 
 from app.binding import check_graph, check_names
-from app.errors import BundleError, StageFailed
+from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
 from app.flow import Rows, sealed
-from app.manifest import INDEX_KINDS, Manifest, read_manifest, reading, verify_files
+from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, Manifest, opening, read_manifest, reading, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
 NO_ROW = -1  # pads lists of rows
+# vocab/<name>.json: numbers that a field of either type holds
+VOCABULARY = TypeAdapter(dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)]])
 
 faiss.omp_set_num_threads(1)  # one request, one core: parallelism is over requests and shards
 
@@ -102,7 +104,7 @@ class Generation:
     tables: Tables
     vocab: Mapping[str, Mapping[str, int]]
     users: Users | None
-    popular: Rows
+    popular: NDArray[Any]
     index: faiss.Index
     user_tower: ort.InferenceSession
     re_ranker: ort.InferenceSession
@@ -127,10 +129,12 @@ class Generation:
         return tuple(n for n, t in self.tables.items() if n != "embedding" and t.dtype.kind in "iuf" and t.ndim <= 2)
 
 
-def run_model(session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def run_model(
+    session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]], options: ort.RunOptions | None = None
+) -> NDArray[Any]:
     """The first output of the graph. Raises StageFailed for whatever the runtime raises."""
     try:
-        return session.run(None, dict(feeds))[0]  # type: ignore[no-any-return]
+        return session.run(None, dict(feeds), options)[0]  # type: ignore[no-any-return]
     except Exception as e:  # onnxruntime's exceptions have no root of their own
         raise StageFailed(f"model: {e}") from e
 
@@ -146,34 +150,35 @@ def open_session(model: bytes, name: str) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.log_severity_level = 3
-    try:
+    with opening(name, "not a graph that onnxruntime opens"):
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # as above
-        raise BundleError(f"{name}: not a graph that onnxruntime opens ({e})") from e
 
 
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load(path: Path, digest: str | None = None) -> Generation:
+@opening(MANIFEST, "what it lists can't be loaded", UNFORESEEN)
+def load(path: Path, digest: str | None = None, *, is_verified: bool = False) -> Generation:
     """Verify the bundle and open it; tables and indexes stay on disk as memory maps where they can.
 
     Args:
         digest: the manifest's SHA-256, when it is known from outside.
+        is_verified: another process has just verified the files; only the models are hashed again.
     Raises: BundleError, one sentence that names the file.
     """
     manifest, found = read_manifest(path, digest)
     path = path.resolve()  # workers find it again, though a link that led here is switched
-    verify_files(path, manifest)
+    if not is_verified:
+        verify_files(path, manifest)
     generation = Generation(
         path=path,
         digest=found,
         manifest=manifest,
         ids=_ids(path / ITEMS),
-        tables=_tables(path / ITEMS, "ids", "id_order"),
+        tables=_tables(path / ITEMS),
         vocab=_vocab(path / VOCAB),
         users=_users(path / USERS),
-        popular=_rows(path / "popular.npy"),
+        popular=_array(path / "popular.npy"),
         index=_index(path, manifest),
         user_tower=_session(path, manifest, manifest.retrievers[0].tower),
         re_ranker=_session(path, manifest, "re_ranker.onnx"),
@@ -196,97 +201,77 @@ class RerankerParts:
 def load_re_ranker(path: Path, digest: str) -> RerankerParts:
     """The re-ranker and the item tables; the manifest and the model are checked again, tables only mapped."""
     manifest, _ = read_manifest(path, digest)
-    tables = _tables(path / ITEMS, "ids", "id_order")
-    return RerankerParts(digest, manifest.features, tables, _session(path, manifest, "re_ranker.onnx"))
+    return RerankerParts(digest, manifest.features, _tables(path / ITEMS), _session(path, manifest, "re_ranker.onnx"))
 
 
 def _array(file: Path) -> NDArray[Any]:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except Exception as e:  # numpy's have no root
-        raise BundleError(f"{file.name}: not an array that numpy opens without pickle ({e})") from e
+    with opening(file.name, "not an array that numpy opens without pickle"):
+        # A plain view of the map: gathering rows through numpy's memmap class takes several times as long.
+        return np.asarray(np.lib.format.open_memmap(file, mode="r"))  # np.load would open an archive, too
 
 
-def _tables(folder: Path, *but: str) -> Tables:
-    return {f.stem: _array(f) for f in sorted(folder.glob("*.npy")) if f.stem not in but}
+def _tables(folder: Path) -> dict[str, NDArray[Any]]:
+    return {f.stem: _array(f) for f in sorted(folder.glob("*.npy")) if f.stem not in ("ids", "id_order")}
 
 
 def _ids(folder: Path) -> Ids:
-    ids, order = _array(folder / "ids.npy"), _array(folder / "id_order.npy")
-    name = f"{folder.name}/ids.npy"
-    if ids.ndim != 1 or ids.dtype.kind not in "iU" or not len(ids):
-        raise BundleError(f"{name}: ids must be one axis of integers or fixed-width strings, not empty")
-    if order.shape != ids.shape or order.dtype.kind != "i" or order.min() < 0 or order.max() >= len(ids):
-        raise BundleError(f"{folder.name}/id_order.npy: must hold each row of ids.npy once")
+    ids, order, name = _array(folder / "ids.npy"), _array(folder / "id_order.npy"), f"{folder.name}/ids.npy"
+    are_ids = ids.ndim == 1 and ids.dtype.kind in "iU" and len(ids) > 0
+    require(are_ids, f"{name}: ids must be one axis of integers or fixed-width strings, not empty")
+    are_rows = order.shape == ids.shape and order.dtype.kind == "i" and _are_rows(order, len(ids))
+    require(are_rows, f"{folder.name}/id_order.npy: must hold each row of ids.npy once")
     ordered = ids[order]
-    if np.any(ordered[1:] <= ordered[:-1]):
-        raise BundleError(f"{name}: ids are not unique, or id_order.npy is not their order")
+    require(not np.any(ordered[1:] <= ordered[:-1]), f"{name}: ids are not unique, or id_order.npy is not their order")
     return Ids(ids, order)
-
-
-class _Vocab(RootModel[dict[str, int]]):
-    """vocab/<name>.json."""
 
 
 def _vocab(folder: Path) -> dict[str, dict[str, int]]:
     vocab: dict[str, dict[str, int]] = {}
     for file in sorted(folder.glob("*.json")):
-        try:
-            vocab[file.stem] = _Vocab.model_validate_json(file.read_bytes()).root
-        except (OSError, ValidationError) as e:
-            raise BundleError(f"vocab/{file.name}: must be an object of category → number") from e
+        with opening(f"vocab/{file.name}", "must be an object of category → number"):
+            vocab[file.stem] = VOCABULARY.validate_json(file.read_bytes())
     return vocab
 
 
 def _users(folder: Path) -> Users | None:
     if not folder.is_dir():
         return None
-    tables = dict(_tables(folder, "ids", "id_order"))
-    history = tables.pop("history", None)
-    return Users(_ids(folder), tables, history)
-
-
-def _rows(file: Path) -> Rows:
-    array = _array(file)
-    if array.dtype.kind not in "iu":
-        raise BundleError(f"{file.name}: must hold row numbers, not {array.dtype}")
-    return np.asarray(array, np.int64)
+    tables = _tables(folder)
+    return Users(_ids(folder), tables, tables.pop("history", None))
 
 
 def _listed(path: Path, manifest: Manifest, name: str) -> Path:
-    if name not in manifest.files:
-        raise BundleError(f"{name}: named by the manifest but not listed in its files")
+    require(name in manifest.files, f"{name}: named by the manifest but not listed in its files")
     return path / name
 
 
 def _index(path: Path, manifest: Manifest) -> faiss.Index:
     name, kind = manifest.retrievers[0].index, manifest.retrievers[0].kind
-    try:
-        index = faiss.read_index(str(_listed(path, manifest, name)))
-    except RuntimeError as e:
-        raise BundleError(f"{name}: not an index that FAISS opens") from e
-    if not type(index).__name__.startswith(INDEX_KINDS[kind][0]):
-        raise BundleError(f"{name}: is a FAISS {type(index).__name__}, the manifest says {kind}")
+    file = _listed(path, manifest, name)
+    with opening(name, "not an index that FAISS opens"):
+        # Inverted lists on disk name their file: any, which FAISS would map to be written. So, one beside the index.
+        index = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    found = type(index).__name__
+    require(found.startswith(INDEX_KINDS[kind][0]), f"{name}: is a FAISS {found}, the manifest says {kind}")
+    is_whole = kind[:3] != "ivf" or type(faiss.downcast_InvertedLists(index.invlists)) is faiss.ArrayInvertedLists
+    require(is_whole, f"{name}: its inverted lists are not in the file itself (FAISS's ArrayInvertedLists)")
     return index
 
 
 def _session(path: Path, manifest: Manifest, name: str) -> ort.InferenceSession:
     with reading(name):
         model = _listed(path, manifest, name).read_bytes()
-    if hashlib.sha256(model).hexdigest() != manifest.files[name].sha256:
-        raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
+    is_whole = hashlib.sha256(model).hexdigest() == manifest.files[name].sha256
+    require(is_whole, f"{name}: its SHA-256 is not the manifest's; it was changed")
     return open_session(model, name)
 
 
 def _pre_ranker(file: Path) -> PreRanker:
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            names = tuple(str(n) for n in data["names"])
-            weights, bias = np.asarray(data["weights"], np.float32), np.float32(data["bias"].item())
-    except Exception as e:  # as above
-        raise BundleError(f"{file.name}: must hold names, weights and bias ({e})") from e
-    if weights.shape != (len(names),) or not np.isfinite(weights).all() or not np.isfinite(bias):
-        raise BundleError(f"{file.name}: needs one finite weight a feature name and a finite bias")
+    with opening(file.name, "must hold names, weights and bias"), np.load(file, allow_pickle=False) as data:
+        names = tuple(str(n) for n in data["names"])
+        weights, bias = np.asarray(data["weights"], np.float32), np.float32(data["bias"].item())
+    fits = weights.shape == (len(names),) and np.isfinite([*weights, bias]).all()
+    require(bool(fits), f"{file.name}: needs one finite weight a feature name and a finite bias")
     return PreRanker(names, sealed(weights), bias)
 
 
@@ -297,24 +282,27 @@ def check_shapes(g: Generation) -> None:
     """Tables, index and models fit each other and the manifest. Raises BundleError."""
     n, retriever = g.n_items, g.manifest.retrievers[0]
     embedding = g.tables.get("embedding")
-    if embedding is None or embedding.ndim != 2 or embedding.dtype.kind != "f":
-        raise BundleError("items/embedding.npy: must be there, floats of shape [items, d]")
-    for name, table in g.tables.items():
-        if table.shape[:1] != (n,) or table.dtype.kind not in "fiuU":
-            raise BundleError(f"items/{name}.npy: is {table.dtype} {table.shape}, ids.npy has {n} rows")
-    if (g.index.ntotal, g.index.d, retriever.n) != (n, g.d, n):
-        raise BundleError(f"{retriever.index}: holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}")
-    if g.index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise BundleError(f"{retriever.index}: its metric must be the inner product")
-    if g.popular.ndim != 1 or len(np.unique(g.popular)) != len(g.popular) or not _are_rows(g.popular, n):
-        raise BundleError(f"popular.npy: must be different rows from 0 to {n - 1}")
+    are_floats = embedding is not None and embedding.ndim == 2 and embedding.dtype.kind == "f"
+    require(are_floats, "items/embedding.npy: must be there, floats of shape [items, d]")
+    _check_tables(ITEMS, g.tables, n, "fiuU")
+    is_whole = (g.index.ntotal, g.index.d, retriever.n) == (n, g.d, n)
+    require(is_whole, f"{retriever.index}: holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}")
+    require(g.index.metric_type == faiss.METRIC_INNER_PRODUCT, f"{retriever.index}: its metric must be inner product")
+    are_rows = g.popular.ndim == 1 and len(np.unique(g.popular)) == len(g.popular) and _are_rows(g.popular, n)
+    require(are_rows, f"popular.npy: must be different rows from 0 to {n - 1}")
     if g.users:
         _check_users(g.users, n, g.manifest.features)
-    if g.pre_ranker.names != g.manifest.features.pre_ranker:
-        raise BundleError("pre_ranker.npz: its feature names are not those of the manifest's schema")
+    is_same = g.pre_ranker.names == g.manifest.features.pre_ranker
+    require(is_same, "pre_ranker.npz: its feature names are not those of the manifest's schema")
     check_names(g.manifest.features, g.tables)
     check_graph(g.user_tower, retriever.tower, g.manifest.features.user_tower, g.tables)
     check_graph(g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker, g.tables)
+
+
+def _check_tables(folder: str, tables: Tables, n: int, kinds: str) -> None:
+    for name, table in tables.items():
+        fits = table.shape[:1] == (n,) and table.dtype.kind in kinds
+        require(fits, f"{folder}/{name}.npy: is {table.dtype} {table.shape}, ids.npy has {n} rows")
 
 
 def _are_rows(rows: NDArray[Any], n: int, lowest: int = 0) -> bool:
@@ -322,13 +310,12 @@ def _are_rows(rows: NDArray[Any], n: int, lowest: int = 0) -> bool:
 
 
 def _check_users(users: Users, n: int, features: FeatureSchema) -> None:
-    specs = features.fields
-    for name, table in users.tables.items():
-        if table.shape[:1] != (len(users.ids),) or table.dtype.kind not in "fiu":
-            raise BundleError(f"users/{name}.npy: must hold a row of numbers for each of users/ids.npy")
-        spec = specs.get(f"user.{name}")
-        if spec and math.prod(table.shape[1:]) != math.prod(spec.shape):
-            raise BundleError(f"users/{name}.npy: is {table.shape}, the schema reads {spec.shape} a user")
     history, n_users = users.history, len(users.ids)
-    if history is not None and (history.ndim != 2 or len(history) != n_users or not _are_rows(history, n, NO_ROW)):
-        raise BundleError(f"users/history.npy: must hold item rows (-1 pads) for {n_users} users")
+    _check_tables(USERS, users.tables, n_users, "fiu")
+    for name, table in users.tables.items():
+        if spec := features.fields.get(f"user.{name}"):
+            fits = math.prod(table.shape[1:]) == math.prod(spec.shape)
+            require(fits, f"users/{name}.npy: is {table.shape}, the schema reads {spec.shape} a user")
+    if history is not None:
+        are_rows = history.ndim == 2 and len(history) == n_users and _are_rows(history, n, NO_ROW)
+        require(are_rows, f"users/history.npy: must hold item rows (-1 pads) for {n_users} users")

@@ -7,7 +7,9 @@ WinnowError
 │   ├── BodyTooLarge             more bytes than we read
 │   ├── UnsupportedMedia         not application/json
 │   ├── NotAuthenticated         no key, or one that we don't know
-│   └── NotAllowed               a key without this right
+│   ├── NotAllowed               a key without this right
+│   ├── NotThere                 no such bundle
+│   └── Conflict                 another switch is under way, or there is nothing to go back to
 ├── CapacityError            no permit: starting, draining or full; try again later
 ├── ServerError              something outside this request broke
 │   ├── BundleError              a bundle that must not be served: names the file
@@ -77,6 +79,14 @@ class NotAllowed(ClientError):
     """The key lacks this right."""
 
 
+class NotThere(ClientError):
+    """There is no such bundle."""
+
+
+class Conflict(ClientError):
+    """The switch conflicts with another, or with what is held."""
+
+
 class CapacityError(WinnowError):
     """No permit now: starting, draining or full."""
 
@@ -87,6 +97,12 @@ class ServerError(WinnowError):
 
 class BundleError(ServerError):
     """A bundle that must not be served. The message is one sentence that names the file."""
+
+
+def require(is_so: bool, sentence: str) -> None:
+    """What a bundle must fulfil to be served. Raises BundleError with this sentence, which names the file."""
+    if not is_so:
+        raise BundleError(sentence)
 
 
 class StageFailed(ServerError):

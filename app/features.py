@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.flow import Candidates, Person, Rows
+from app.settings import Limits
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]  # item tables by name, each [N, ...]
 
+HISTORY_FEATURES = ("history_max", "history_mean", "history_last", "history_overlap", "history_gap")  # of a table
 HISTORY_READ = 50  # items that history_* features look at; more changes nothing measurable on MovieLens
 ROW = "row"  # pseudo-table: the row number itself
-CANDIDATE_FIELDS = 64  # at most: a shard's record says with a bit for each which were sent (workers/messages.py)
 
 
 class Source(StrEnum):
@@ -51,6 +52,8 @@ FIELD_PREFIX = {
     Source.USER_TABLE: "user",
     Source.CANDIDATE: "candidate",
 }
+# Which part of a binding goes with which sources, and with no others.
+GOES_WITH = {"table": (Source.HISTORY, Source.ITEM_TABLE), "field": tuple(FIELD_PREFIX), "length": (Source.HISTORY,)}
 PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.RETRIEVAL_SCORE)
 
 
@@ -64,11 +67,13 @@ class FieldSpec(Strict):
     """A value that a request (or the user table) may hold: numbers of a fixed shape, or a category."""
 
     dtype: Literal["float32", "int64"] = "float32"
-    shape: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    shape: tuple[Annotated[int, Field(ge=1, le=Limits.FEATURE_LENGTH)], ...] = (1,)
     default: float = 0.0
 
     @model_validator(mode="after")
-    def _holds_its_default(self) -> "FieldSpec":
+    def _fits(self) -> "FieldSpec":
+        if np.prod(self.shape, dtype=np.float64) > Limits.FEATURE_LENGTH:
+            raise ValueError(f"`shape` {self.shape} has more than {Limits.FEATURE_LENGTH} numbers")
         if not self.holds(self.default):
             raise ValueError(f"`default` {self.default:g} is no {self.dtype}")
         return self
@@ -102,12 +107,9 @@ class ModelInput(FieldSpec):
 
     @model_validator(mode="after")
     def _has_what_its_source_needs(self) -> "ModelInput":
-        if (self.source in (Source.HISTORY, Source.ITEM_TABLE)) != (self.table is not None):
-            raise ValueError(f"input {self.name}: `table` goes with the sources history and item_table")
-        if (self.source in FIELD_PREFIX) != (self.field is not None):
-            raise ValueError(f"input {self.name}: `field` goes with {', '.join(FIELD_PREFIX)}")
-        if (self.source is Source.HISTORY) != (self.length > 0):
-            raise ValueError(f"input {self.name}: `length` (1 to 1000) goes with the source history")
+        for part, sources in GOES_WITH.items():
+            if (self.source in sources) != bool(getattr(self, part)):
+                raise ValueError(f"input {self.name}: `{part}` goes with {', '.join(sources)}, and must say something")
         return self
 
     @property
@@ -128,13 +130,6 @@ class FeatureSchema(Strict):
     re_ranker: tuple[ModelInput, ...]
     pre_ranker: tuple[str, ...]
 
-    @model_validator(mode="after")
-    def _fits_a_shards_record(self) -> "FeatureSchema":
-        n = sum(key.startswith("candidate.") for key in self.fields)
-        if n > CANDIDATE_FIELDS:
-            raise ValueError(f"{n} fields of candidates are read; allowed are {CANDIDATE_FIELDS}")
-        return self
-
     @property
     def inputs(self) -> tuple[ModelInput, ...]:
         return self.user_tower + self.re_ranker
@@ -142,12 +137,9 @@ class FeatureSchema(Strict):
     @cached_property
     def fields(self) -> dict[str, FieldSpec]:
         """Every field by its key; what only the pre-ranker reads is one float32."""
-        of_pre_ranker = {
-            f"{kind}.{name}": FieldSpec()
-            for kind, _, name in (feature.partition(".") for feature in self.pre_ranker)
-            if kind in FIELD_PREFIX.values()
-        }
-        return of_pre_ranker | {i.key: i for i in self.inputs if i.source in FIELD_PREFIX}
+        sent = tuple(f"{prefix}." for prefix in FIELD_PREFIX.values())
+        of_pre_ranker = {name: FieldSpec() for name in self.pre_ranker if name.startswith(sent)}
+        return of_pre_ranker | {i.key: i for i in self.inputs if i.field}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +155,12 @@ class Inputs:
     candidate_fields: Mapping[str, Array]
 
 
-def model_dtype(table: Array) -> type[np.float32] | type[np.int64]:
-    """The type in which a graph reads this table."""
-    return np.int64 if table.dtype.kind in "iu" else np.float32
-
-
 def read_rows(tables: Tables, table: str, rows: Rows) -> Array:
     """These rows of an item table in the type that graphs read: [n, ...]."""
     if table == ROW:
         return rows
     source = tables[table]
-    return np.asarray(source[rows], model_dtype(source))
+    return np.asarray(source.take(rows, axis=0), np.int64 if source.dtype.kind in "iu" else np.float32)
 
 
 def request_inputs(inputs: Sequence[ModelInput], tables: Tables, person: Person) -> dict[str, Array]:
@@ -182,7 +169,7 @@ def request_inputs(inputs: Sequence[ModelInput], tables: Tables, person: Person)
     for i in inputs:
         if i.source is Source.HISTORY:
             arrays |= _history(i, tables, person.history)
-        elif i.source in FIELD_PREFIX and i.per == "request":
+        elif i.field and i.per == "request":
             arrays[i.name] = person.fields[i.key]
     return arrays
 
@@ -203,10 +190,8 @@ def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]
     candidates, n = given.candidates, len(given.candidates)
     arrays: dict[str, Array] = {}
     for i in inputs:
-        if i.source is Source.ITEM_TABLE:
-            arrays[i.name] = read_rows(given.tables, str(i.table), candidates.rows)
-        elif i.source is Source.ITEM_EMBEDDING:
-            arrays[i.name] = read_rows(given.tables, "embedding", candidates.rows)
+        if i.source in (Source.ITEM_TABLE, Source.ITEM_EMBEDDING):
+            arrays[i.name] = read_rows(given.tables, i.table or "embedding", candidates.rows)
         elif i.source is Source.RETRIEVAL_SCORE:
             arrays[i.name] = candidates.retrieval_scores
         elif i.source is Source.USER_EMBEDDING:
@@ -261,35 +246,29 @@ def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]])
         return np.log1p(len(given.person.history))
     if kind not in HISTORY_FEATURES or argument not in given.tables:
         raise KeyError(f"no feature named {name}")
-    return HISTORY_FEATURES[kind](argument, given, similarity) if len(given.person.history) else 0.0
+    return _of_history(kind, argument, given, similarity) if len(given.person.history) else 0.0
 
 
-def _similarities(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """f32[n, h]: inner products with the last items of the history, newest first."""
-    if table not in cache:
-        values = given.tables[table]
-        newest = given.person.history[::-1][:HISTORY_READ]
-        of_items = np.asarray(values[given.candidates.rows], np.float32)
-        cache[table] = of_items @ np.asarray(values[newest], np.float32).T
-    return cache[table]
+def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, NDArray[np.float32]]) -> Any:
+    """similarity: f32[n, h] by table, inner products with the last items of the history, newest first; kept here."""
+    values, rows, newest = given.tables[table], given.candidates.rows, given.person.history[::-1][:HISTORY_READ]
+    if kind == "history_overlap":
+        return _overlap(values.reshape(len(values), -1)[rows], values[newest])
+    if kind == "history_gap":
+        return np.abs(_as_floats(values[rows]) - _as_floats(values[newest]).mean())
+    if table not in similarity:
+        similarity[table] = _as_floats(values[rows]) @ _as_floats(values[newest]).T
+    if kind == "history_last":
+        return similarity[table][:, 0]
+    return similarity[table].max(axis=1) if kind == "history_max" else similarity[table].mean(axis=1)
 
 
-def _history_max(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    return _similarities(table, given, cache).max(axis=1)
+def _as_floats(values: Array) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32)
 
 
-def _history_mean(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    return _similarities(table, given, cache).mean(axis=1)
-
-
-def _history_last(table: str, given: Inputs, cache: dict[str, NDArray[np.float32]]) -> Any:
-    return _similarities(table, given, cache)[:, 0]
-
-
-def _history_overlap(table: str, given: Inputs, _: object) -> Any:
-    values = given.tables[table].reshape(len(given.tables[table]), -1)
-    newest = values[given.person.history[::-1][:HISTORY_READ]]
-    mine = values[given.candidates.rows]
+def _overlap(mine: Array, newest: Array) -> Any:
+    """mine: [n, m], the candidates' values. newest: [h, ...], those of the history's items. -1 pads, and is none."""
     # How often each value stands in the history's items, counted once an item.
     seen, counts = np.unique(np.concatenate([np.unique(row[row >= 0]) for row in newest]), return_counts=True)
     if not len(seen):
@@ -297,18 +276,3 @@ def _history_overlap(table: str, given: Inputs, _: object) -> Any:
     at = np.minimum(np.searchsorted(seen, mine), len(seen) - 1)
     share = np.where((seen[at] == mine) & (mine >= 0), counts[at], 0) / len(newest)
     return share.sum(axis=1) / np.maximum((mine >= 0).sum(axis=1), 1)
-
-
-def _history_gap(table: str, given: Inputs, _: object) -> Any:
-    values, newest = given.tables[table], given.person.history[::-1][:HISTORY_READ]
-    mean = np.asarray(values[newest], np.float32).mean()
-    return np.abs(np.asarray(values[given.candidates.rows], np.float32) - mean)
-
-
-HISTORY_FEATURES = {
-    "history_max": _history_max,
-    "history_mean": _history_mean,
-    "history_last": _history_last,
-    "history_overlap": _history_overlap,
-    "history_gap": _history_gap,
-}

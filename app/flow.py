@@ -8,7 +8,7 @@ mean nothing outside it. What a stage may do to these records is checked in funn
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag, StrEnum
 from typing import Any, TypeVar
 
@@ -203,9 +203,9 @@ class StageReport:
     n_out: int
     seconds: float
     outcome: Outcome
+    fates: tuple[Fate, ...] = ()
     shards: int = 0
     shards_ok: int = 0
-    fates: tuple[Fate, ...] = ()
 
 
 @dataclass(slots=True)
@@ -213,8 +213,9 @@ class RequestScope:
     """The state of one request while it is in the funnel; the only record that grows.
 
     Widths in candidates: retrieve_width is asked of retrieval, keep go on from pre-ranking, rerank_width
-    of those are scored by re-ranking.
-    watched: rows whose fate every stage reports.
+    of those are scored by re-ranking; `width` is what the stage that runs now is given of its own.
+    quality: the share of its widths that the load leaves it. watched: rows whose fate every stage reports.
+    extra_s: what the widths that were not run would have taken; infinite once time was short.
     """
 
     generation: str
@@ -222,17 +223,14 @@ class RequestScope:
     retrieve_width: int
     rerank_width: int
     keep: int
+    quality: float = 1.0
     watched: tuple[int, ...] = ()
+    width: int = 0
+    extra_s: float = 0.0
     shards: int = 0
     shards_ok: int = 0
     reports: list[StageReport] = field(default_factory=list)
     degradations: list[Degradation] = field(default_factory=list)
-
-    def note(self, report: StageReport) -> None:
-        """Keep a stage's report; re-ranking's gets the shards that were counted meanwhile."""
-        if report.stage is Stage.RERANKING:
-            report = replace(report, shards=self.shards, shards_ok=self.shards_ok)
-        self.reports.append(report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +239,9 @@ class Ranking:
 
     rows: i64[k]. scores: f32[k], all on the re-ranker's scale. values: f32[k], what the order is by.
     stages: u8[k], who scored each item. propensities: f64[k] in (0, 1], the probability that the item
-    was shown where it is. empty_reason: why there is no item, or None.
+    was shown where it is. empty_reason: why there is no item, or None. expected_ndcg_loss: see control/loss.py;
+    None where the bundle has no measurement of it. extra_s: what the full widths would have taken on top, seconds;
+    infinite if time was short.
     """
 
     rows: Rows
@@ -253,6 +253,8 @@ class Ranking:
     degradations: tuple[Degradation, ...]
     reports: tuple[StageReport, ...]
     empty_reason: str | None = None
+    expected_ndcg_loss: float | None = 0.0
+    extra_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,6 +8,7 @@ rules (control/deadline.py). A fault costs quality, never the answer; a broken c
 """
 
 import logging
+import math
 import time
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -17,14 +18,15 @@ import numpy as np
 
 from app.bundle import Generation
 from app.control.deadline import Deadline
-from app.control.degradation import REASONS, USER_LATE, degradation
+from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
+from app.control.loss import expected_loss
 from app.errors import ContractError, DeadlineMissed, StageFailed
 from app.flow import Candidates, Fate, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport, best_first
 from app.stages.preranking import Preranking
 from app.stages.reranking import Reranking
 from app.stages.retrieval import Retrieval
 from app.stages.selection import Selection
-from app.workers.scoring import InProcess, ShardScorer
+from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,14 @@ class FunnelStage(Protocol[Given, Output]):
     def wanted(self, scope: RequestScope, query: Query, given: Given) -> int:
         """The width at which nothing is given up, in candidates."""
 
+    def fits(self, budget_s: float) -> int:
+        """The width that is expected to be done in so many seconds."""
+
+    def seconds(self, n: int) -> float:
+        """What a width of n is expected to take."""
+
     async def run(self, scope: RequestScope, query: Query, given: Given, until: float) -> Output:
-        """The output by the instant `until`, else TimeoutError; StageFailed for a fault."""
+        """The output, `scope.width` wide, by the instant `until`; else TimeoutError, StageFailed for a fault."""
 
     def substitute(self, scope: RequestScope, query: Query, given: Given) -> Output:
         """What takes its place; quick, and never fails."""
@@ -59,15 +67,19 @@ class Funnel:
         self.reranking = Reranking(generation, scorer)
         self.selection = Selection()
 
-    async def rank(self, query: Query, deadline: Deadline, watched: tuple[int, ...] = ()) -> Ranking:
+    async def rank(
+        self, query: Query, deadline: Deadline, quality: float = 1.0, watched: tuple[int, ...] = ()
+    ) -> Ranking:
         """The best min(k, candidates) items, in time. Raises ContractError, which is always our bug."""
-        scope = self.open_scope(query, deadline, watched)
+        scope = self.open_scope(query, deadline, quality, watched)
         found = await self.run(self.retrieval, scope, query, None)
         coarse = await self.run(self.preranking, scope, query, found)
         fine = await self.run(self.reranking, scope, query, coarse.top(scope.keep))
         return self.select(scope, query, fine)
 
-    def open_scope(self, query: Query, deadline: Deadline, watched: tuple[int, ...] = ()) -> RequestScope:
+    def open_scope(
+        self, query: Query, deadline: Deadline, quality: float = 1.0, watched: tuple[int, ...] = ()
+    ) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
         widths = self.generation.manifest.funnel
         rerank_width = query.rerank_count or widths.rerank
@@ -77,17 +89,24 @@ class Funnel:
             retrieve_width=max(widths.retrieve, rerank_width, query.k),
             rerank_width=rerank_width,
             keep=max(rerank_width, query.k),
+            quality=quality,
             watched=watched,
             degradations=[USER_LATE] if query.person.is_late else [],
         )
 
     async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
-        """One stage within its budget: its output, or what takes its place; checked and reported."""
-        started = time.monotonic()
+        """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
+        started, fault = time.monotonic(), None
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
-        until = started + scope.deadline.limit(share, started, self.reply_reserve_s)
-        wanted, fault = stage.wanted(scope, query, given), None
+        budget_s = scope.deadline.limit(share, started, self.reply_reserve_s)
+        wanted, until = stage.wanted(scope, query, given), started + budget_s
+        least = 0
+        if stage.stage is Stage.RETRIEVAL:  # the caller's own candidates are all kept
+            least = scope.keep if query.candidates is None else wanted
+        scope.width, narrowing = narrowed(wanted, scope.quality, stage.fits(budget_s), least)
         try:
+            if wanted and not scope.width:
+                raise TimeoutError
             output = await stage.run(scope, query, given, until)
         except TimeoutError:
             output, fault = stage.substitute(scope, query, given), Outcome.LATE
@@ -95,13 +114,20 @@ class Funnel:
             log.warning("%s failed: %s", stage.stage.label, e)
             output, fault = stage.substitute(scope, query, given), Outcome.FAILED
         _check_output(given, output, self.generation.n_items)
-        done = 0 if fault else _n_done(output)
+        fresh = len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
+        done = 0 if fault else fresh
         now = time.monotonic()
-        outcome = fault or _outcome(stage.stage, wanted, done, is_late=now >= until)
-        report = StageReport(stage.stage, wanted, done, len(output), now - started, outcome)
-        scope.note(replace(report, fates=_fates(scope.watched, output)))
+        is_late = now >= until or fault is Outcome.LATE
+        outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)
+        shards = (scope.shards, scope.shards_ok) if stage.stage is Stage.RERANKING else (0, 0)
+        fates = _fates(scope.watched, output)
+        report = StageReport(stage.stage, wanted, done, len(output), now - started, outcome, fates, *shards)
+        scope.reports.append(report)
         if outcome in REASONS:
-            scope.degradations.append(degradation(stage.stage, outcome))
+            why = narrowing if not fault and done >= scope.width else None
+            scope.degradations.append(degradation(stage.stage, outcome, why))
+        is_short_of_time = narrowing == BY_TIME or (is_late and done < scope.width)
+        scope.extra_s += math.inf if is_short_of_time else stage.seconds(wanted) - stage.seconds(min(done, wanted))
         return output
 
     def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
@@ -110,15 +136,23 @@ class Funnel:
         ranking = self.selection.select(scope, query, fine)
         _check_ranking(query, fine, ranking)
         took, outcome = time.monotonic() - started, Outcome.OK if len(fine) else Outcome.SKIPPED
-        report = StageReport(Stage.SELECTION, len(fine), len(fine), len(ranking), took, outcome)
-        scope.note(replace(report, fates=_fates(scope.watched, fine, shown=ranking.rows.tolist())))
-        return replace(ranking, reports=tuple(scope.reports))
+        fates = _fates(scope.watched, fine, shown=ranking.rows.tolist())
+        scope.reports.append(StageReport(Stage.SELECTION, len(fine), len(fine), len(ranking), took, outcome, fates))
+        table = self.generation.manifest.loss
+        loss = expected_loss(table, scope, fine) if table and scope.degradations else None
+        return replace(
+            ranking,
+            reports=tuple(scope.reports),
+            expected_ndcg_loss=loss if scope.degradations else 0.0,
+            extra_s=max(0.0, scope.extra_s),
+        )
 
 
 def offline_funnel(generation: Generation, threads: Executor) -> Funnel:
     """The same funnel with the deep model in this process: packing, evaluation, golden requests."""
     features = generation.manifest.features
-    return Funnel(generation, InProcess(generation.re_ranker, features.re_ranker, generation.tables), threads)
+    model = ShardModel(generation.re_ranker, features.re_ranker, generation.tables)
+    return Funnel(generation, InProcess(model), threads)
 
 
 def require_full(ranking: Ranking) -> Ranking:
@@ -129,12 +163,9 @@ def require_full(ranking: Ranking) -> Ranking:
     return ranking
 
 
-def _n_done(output: Candidates | Scored) -> int:
-    return len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
-
-
-def _outcome(stage: Stage, wanted: int, done: int, *, is_late: bool) -> Outcome:
-    if done >= wanted or stage is Stage.RETRIEVAL:  # a catalogue may have fewer items than are wanted
+def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_late: bool) -> Outcome:
+    # A catalogue may have fewer items than are wanted of retrieval.
+    if done >= wanted or (stage is Stage.RETRIEVAL and not narrowing):
         return Outcome.OK if wanted else Outcome.SKIPPED
     if done:
         return Outcome.PARTIAL
@@ -152,48 +183,40 @@ def _fates(watched: tuple[int, ...], output: Candidates | Scored, shown: list[in
     score = dict(zip(rows.tolist(), scores.tolist(), strict=True))
     order = rows[best_first(scores, rows)].tolist() if shown is None else shown
     rank = {row: i for i, row in enumerate(order)}
-    return tuple(Fate(row, score.get(row), rank.get(row), _why_dropped(row, rank, score)) for row in watched)
-
-
-def _why_dropped(row: int, rank: dict[int, int], score: dict[int, float]) -> str | None:
-    if row in rank:
-        return None
-    return "below the k best" if row in score else "did not reach this stage"
+    why = {
+        row: "below the k best" if row in score else "did not reach this stage" for row in watched if row not in rank
+    }
+    return tuple(Fate(row, score.get(row), rank.get(row), why.get(row)) for row in watched)
 
 
 # ------------------------------------------------------------------------------------------ contracts
 
 
+def _require(is_kept: bool, promise: str) -> None:
+    if not is_kept:
+        raise ContractError(promise)
+
+
 def _check_output(given: object, output: Candidates | Scored, n_items: int) -> None:
     """Only retrieval adds candidates; a scorer keeps length and order."""
     if isinstance(output, Candidates):
-        return _check_candidates(output, n_items)
-    return _check_scored(given.candidates if isinstance(given, Scored) else given, output)
-
-
-def _check_candidates(found: Candidates, n_items: int) -> None:
-    n, rows = len(found), found.rows
-    if rows.dtype != np.int64 or found.retrieval_scores.shape != (n,) or found.origins.shape != (n,):
-        raise ContractError("retrieval: columns of different lengths, or rows that aren't int64")
-    if n and (rows.min() < 0 or rows.max() >= n_items or len(np.unique(rows)) != n):
-        raise ContractError("retrieval: rows outside the catalogue, or the same row twice")
-
-
-def _check_scored(given: object, scored: Scored) -> None:
-    columns = scored.scores.shape, scored.scored_by.shape
-    if scored.candidates is not given or set(columns) != {(len(scored.candidates),)}:
-        raise ContractError(f"{scored.stage.label}: a scorer keeps length and order")
-    if scored.scores.dtype != np.float32:
-        raise ContractError(f"{scored.stage.label}: scores are {scored.scores.dtype}, not float32")
+        n, rows = len(output), output.rows
+        fits = rows.dtype == np.int64 and output.retrieval_scores.shape == output.origins.shape == (n,)
+        _require(fits, "retrieval: columns of one length, rows of type int64")
+        is_known = not n or (rows.min() >= 0 and rows.max() < n_items and len(np.unique(rows)) == n)
+        _require(is_known, "retrieval: rows of the catalogue, each once")
+    else:
+        label, candidates = output.stage.label, given.candidates if isinstance(given, Scored) else given
+        _require(output.candidates is candidates, f"{label}: a scorer keeps its candidates")
+        is_whole = output.scores.shape == output.scored_by.shape == (len(output.candidates),)
+        _require(is_whole and output.scores.dtype == np.float32, f"{label}: a float32 score for each candidate")
 
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
-    rows = ranking.rows
-    if len(rows) != min(query.k, len(fine)) or len(np.unique(rows)) != len(rows):
-        raise ContractError(f"selection: {len(rows)} items of {len(fine)} candidates for k = {query.k}")
-    if {c.shape for c in (ranking.scores, ranking.values, ranking.stages, ranking.propensities)} != {rows.shape}:
-        raise ContractError("selection: columns of different lengths")
-    if not np.isin(rows, fine.candidates.rows).all():
-        raise ContractError("selection: an item that was no candidate")
-    if len(rows) and not (ranking.propensities.min() > 0 and ranking.propensities.max() <= 1):
-        raise ContractError("selection: a propensity outside (0, 1]")
+    rows, p = ranking.rows, ranking.propensities
+    n = min(query.k, len(fine))
+    _require(len(rows) == len(np.unique(rows)) == n, f"selection: min(k, candidates) = {n} items, each once")
+    columns = {c.shape for c in (ranking.scores, ranking.values, ranking.stages, p)}
+    _require(columns == {rows.shape}, "selection: columns of one length")
+    _require(bool(np.isin(rows, fine.candidates.rows).all()), "selection: only candidates")
+    _require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]")

@@ -1,19 +1,23 @@
 """The door to the funnel: who may run now, and why not.
 
-It owns the life of the process as requests see it (starting, serving, draining) and the permits. It refuses at
-once and never queues here: a request that waits spends its own deadline.
+It owns the life of the process as requests see it (starting, serving, draining), the permits, and a short queue for
+them; the rules are control/admission.py and control/quality.py. Quality goes first: only at its floor, or at the hard
+limit, is anybody refused, and then at once or after a wait that is small against the deadline.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 
+from app.control.admission import PRIORITY_SHARE, Admission
+from app.control.quality import Quality
 from app.errors import CapacityError
 from app.metrics import Metrics
 
-# Share of the permits that a priority may fill: when something must go, low goes first.
-PRIORITY_SHARE = {"low": 0.5, "normal": 0.9, "high": 1.0}
+WAIT_SHARE = 0.03  # of the SLA that a request may wait for a permit
+QUEUE_SHARE = 0.25  # of the limit that may wait
 
 
 class Phase(StrEnum):
@@ -23,42 +27,76 @@ class Phase(StrEnum):
 
 
 class Gate:
-    """Counts what is in flight. `limit` permits in all."""
+    """Gives permits, and steers quality and their number by what became of those who had one."""
 
-    def __init__(self, limit: int, metrics: Metrics) -> None:
-        self.limit, self.metrics = limit, metrics
+    def __init__(self, most: int, sla_s: float, metrics: Metrics) -> None:
+        self.sla_s = sla_s
+        self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
         self.inflight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        metrics.admission_limit.set(limit)
+        self.waiting: list[tuple[str, asyncio.Future[None]]] = []  # its priority; the oldest first
+        self._is_idle = asyncio.Event()
+        metrics.inflight.set_function(lambda: self.inflight)
+        metrics.quality.set_function(lambda: self.quality.now(time.monotonic()))
+        metrics.admission_limit.set_function(lambda: self.admission.limit)
 
-    @contextmanager
-    def permit(self, priority: str) -> Iterator[None]:
-        """The right to run, for the length of the block. Raises CapacityError."""
+    @asynccontextmanager
+    async def permit(self, priority: str) -> AsyncIterator[None]:
+        """The right to run, for the length of the block. Raises CapacityError.
+
+        Everybody queues, and is let in at once if there is room.
+        """
         if self.phase is not Phase.SERVING:
             raise CapacityError(f"the service is {self.phase.value}")
-        if self.inflight >= max(1, int(self.limit * PRIORITY_SHARE[priority])):
-            raise CapacityError(f"{self.inflight} requests are in flight; no permit for priority {priority}")
-        self._count(+1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((priority, turn))
+        self._let_in()
+        if len(self.waiting) > max(1.0, QUEUE_SHARE * self.admission.limit):
+            _, last = min(reversed(self.waiting), key=_share)  # of the lowest priority, who came last
+            last.cancel()
         try:
+            if not turn.done():
+                await asyncio.wait([turn], timeout=WAIT_SHARE * self.sla_s)
+            if turn.cancelled() or not turn.done():
+                self.quality.finished(time.monotonic(), is_in_time=False)
+                raise CapacityError(f"{self.inflight} requests are in flight; no permit for this priority")
             yield
         finally:
-            self._count(-1)
+            turn.cancel()  # too late for who was let in
+            if not turn.cancelled():
+                self.inflight -= 1
+            self._let_in()
 
-    def _count(self, change: int) -> None:
-        self.inflight += change
-        self.metrics.inflight.set(self.inflight)
-        if self.inflight:
-            self._idle.clear()
-        else:
-            self._idle.set()
+    def finished(self, latency_s: float, extra_s: float) -> None:
+        """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top."""
+        now = time.monotonic()
+        is_at_floor = self.quality.is_at_floor(now)
+        self.admission.finished(now, latency_s, self.inflight, is_at_floor=is_at_floor)
+        self.quality.finished(now, is_in_time=latency_s + extra_s <= self.sla_s)
+
+    def _let_in(self) -> None:
+        """Give permits that are free to those who wait: the highest priority first, then the oldest."""
+        self.waiting = [waiter for waiter in self.waiting if not waiter[1].done()]  # without those who gave up
+        while self.waiting:
+            priority, turn = first = max(self.waiting, key=_share)
+            is_at_floor = self.quality.is_at_floor(time.monotonic())
+            if not self.admission.may_enter(self.inflight, priority, is_at_floor=is_at_floor):
+                break
+            self.waiting.remove(first)
+            self.inflight += 1
+            turn.set_result(None)
+        if not self.inflight:
+            self._is_idle.set()
 
     async def drain(self, limit_s: float) -> bool:
         """No new permits; wait for those in flight. False if some were still running after limit_s."""
         self.phase = Phase.DRAINING
-        try:
-            await asyncio.wait_for(self._idle.wait(), limit_s)
-        except TimeoutError:
-            return False
-        return True
+        if self.inflight:
+            self._is_idle.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_idle.wait(), limit_s)
+        return not self.inflight
+
+
+def _share(waiter: tuple[str, "asyncio.Future[None]"]) -> float:
+    return PRIORITY_SHARE[waiter[0]]

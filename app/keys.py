@@ -48,10 +48,8 @@ def read_keys(file: Path | None) -> Keys:
     rights: dict[str, frozenset[str]] = {}
     try:
         lines = file.read_text().splitlines()
-    except OSError as e:
-        raise SettingsError(f"WINNOW_API_KEYS_FILE={file}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise SettingsError(f"WINNOW_API_KEYS_FILE={file}: is not text") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise SettingsError(f"WINNOW_API_KEYS_FILE={file}: {getattr(e, 'strerror', 'is not text')}") from e
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):

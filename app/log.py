@@ -3,6 +3,7 @@
 The event loop only puts records on a queue; a slow reader of our output must not slow an answer down.
 """
 
+import contextlib
 import logging
 import logging.handlers
 import queue
@@ -12,7 +13,7 @@ from typing import Any
 
 import orjson
 
-QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped and counted
+QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped
 
 
 class Line(logging.Formatter):
@@ -24,7 +25,7 @@ class Line(logging.Formatter):
             "time": f"{moment}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage().encode(errors="backslashreplace").decode(),  # names of files may be no text
         }
         line |= getattr(record, "fields", {})
         if record.exc_info:
@@ -35,20 +36,12 @@ class Line(logging.Formatter):
 class _Lossy(logging.handlers.QueueHandler):
     """Drops a line rather than wait for room."""
 
-    n_dropped = 0
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # as it is: formatting is the listener's work
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(queue.Full):
             self.queue.put_nowait(record)
-        except queue.Full:
-            self.n_dropped += 1
-
-
-class _Formatted(_Lossy):
-    """Hands the record over as it is: formatting is the listener's work."""
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record
 
 
 def start(level: str) -> logging.handlers.QueueListener:
@@ -57,7 +50,7 @@ def start(level: str) -> logging.handlers.QueueListener:
     output.setFormatter(Line())
     lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_SIZE)
     root = logging.getLogger()
-    root.handlers = [_Formatted(lines)]
+    root.handlers = [_Lossy(lines)]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
     listener = logging.handlers.QueueListener(lines, output)

@@ -8,73 +8,104 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import signal
 import socket
+import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+import uvloop
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import api, log
-from app.errors import ServerError
+from app.errors import ServerError, WinnowError
 from app.service import Service
 from app.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop; Python's own 5 ms is half a timeout
+
 
 def create_app(service: Service) -> FastAPI:
     """The ranking port's application."""
-    app = FastAPI(
-        title="Winnow", version=version("winnow"), description="Funnel ranking inside a latency SLA.", redoc_url=None
-    )
-    app.include_router(api.routes(service))
-    app.add_exception_handler(HTTPException, api.not_found)
+    app = _app("Winnow", api.routes(service))
     app.openapi = lambda: api.openapi(app, service)  # type: ignore[method-assign]
     return app
 
 
 def create_admin_app(service: Service) -> FastAPI:
     """The admin port's application."""
-    app = FastAPI(title="Winnow admin", version=version("winnow"), redoc_url=None)
-    app.include_router(api.admin_routes(service))
-    app.add_exception_handler(HTTPException, api.not_found)
+    return _app("Winnow admin", api.admin_routes(service))
+
+
+def _app(title: str, router: APIRouter) -> FastAPI:
+    app = FastAPI(
+        title=title,
+        version=version("winnow"),
+        description="Funnel ranking inside a latency SLA.",
+        redoc_url=None,
+        exception_handlers={HTTPException: api.refuse, WinnowError: api.refuse},
+    )
+    app.include_router(router)
     return app
 
 
 class TimedProtocol(HttpToolsProtocol):
-    """Notes when the first byte of a request's head was read: its deadline counts from there."""
+    """Notes when a request's head began and its body ended: the deadline counts from the first.
+
+    waits_since: the instant since which the client owes us the rest of a request; 0 when it owes nothing.
+    """
+
+    waits_since = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.waits_since = time.monotonic()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["winnow.received_at"] = time.monotonic()  # type: ignore[typeddict-unknown-key]
+        self.waits_since = time.monotonic()
+        self.scope["winnow.received_at"] = self.waits_since  # type: ignore[typeddict-unknown-key]
+
+    def on_message_complete(self) -> None:
+        self.waits_since = 0.0
+        self.scope["winnow.complete_at"] = time.monotonic()  # type: ignore[typeddict-unknown-key]
+        super().on_message_complete()
+
+
+async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None:
+    """Close connections whose client takes longer than that to send a request; runs until it is cancelled."""
+    while True:
+        await asyncio.sleep(receive_s / 5)
+        now = time.monotonic()
+        for connection in list(server.server_state.connections):
+            if isinstance(connection, TimedProtocol) and 0 < connection.waits_since < now - receive_s:
+                connection.transport.abort()
 
 
 class Server(uvicorn.Server):
     """A server that leaves signals to `serve`: there are two in one process."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
 
-def _server(app: FastAPI, **options: Any) -> Server:
-    return Server(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-            **options,
-        )
+def _server(app: FastAPI) -> Server:
+    config = uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=60,  # longer than clients keep theirs: it is they who close
     )
+    return Server(config)
 
 
 def _listener(settings: Settings, prefix: str) -> socket.socket:
@@ -94,53 +125,43 @@ async def serve(settings: Settings) -> int:
     """
     listeners = [_listener(settings, prefix) for prefix in ("", "admin_")]
     service = Service(settings)
-    servers = [_server(create_app(service), http=TimedProtocol), _server(create_admin_app(service))]
-    stop = asyncio.Event()
+    servers = [_server(create_app(service)), _server(create_admin_app(service))]
+    living = asyncio.create_task(_live(service))
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, living.cancel)
     running = [asyncio.create_task(s.serve(sockets=[at])) for s, at in zip(servers, listeners, strict=True)]
+    cutting = asyncio.create_task(cut_off_slow_senders(servers[0], settings.receive_s))
     ports = " and ".join(str(at.getsockname()[1]) for at in listeners)
     logger.info("loading %s; ports %s answer 503", settings.bundle, ports)
-    code = 0
-    try:
-        await _start(service, settings, stop)
-        await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
-    except ServerError as e:
-        logger.error("%s", e)
-        code = 2
+    if not service.keys.are_required:
+        logger.warning("no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host)
+    await asyncio.wait([living, *running], return_when=asyncio.FIRST_COMPLETED)
+    living.cancel()
+    (fault,) = await asyncio.gather(living, return_exceptions=True)
+    if isinstance(fault, Exception):
+        logger.error("%s", fault, exc_info=None if isinstance(fault, ServerError) else fault)
     await service.stop()
+    cutting.cancel()
     for server in servers:
         server.should_exit = True
     ended = await asyncio.gather(*running, return_exceptions=True)
-    return code or int(any(isinstance(e, BaseException) for e in ended))
+    return 2 if isinstance(fault, ServerError) else int(any(isinstance(e, Exception) for e in (fault, *ended)))
 
 
-async def _start(service: Service, settings: Settings, stop: asyncio.Event) -> None:
-    """Start the service; a stop signal meanwhile ends the start."""
-    if not service.keys.are_required:
-        logger.warning("no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host)
-    starting, stopping = asyncio.create_task(service.start()), asyncio.create_task(stop.wait())
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if starting.done():
-        starting.result()  # raises what went wrong
-    else:
-        starting.cancel()
-        await asyncio.wait([starting])
+async def _live(service: Service) -> None:
+    """Start the service, then stand by; cancelled by a stop signal, which ends the start too."""
+    await service.start()
+    await asyncio.Event().wait()
 
 
 def run(settings: Settings) -> int:
     """The process: logging, event loop, servers."""
     gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
     listener = log.start(settings.log_level)
+    sys.setswitchinterval(SWITCH_S)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each; 1,024 are soon used up
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(serve(settings))
+        return uvloop.run(serve(settings))
     finally:
         listener.stop()
-
-
-def _loop_factory() -> Any:
-    import uvloop  # only the serving process needs it
-
-    return uvloop.new_event_loop

@@ -10,17 +10,19 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from app.errors import BundleError
+from app.errors import BundleError, require
 from app.features import FeatureSchema, Strict
 from app.flow import Scores
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 64 * 2**20  # at most: room for 400,000 files at ~160 bytes an entry
+# What content that no check foresaw makes numpy and Python raise.
+UNFORESEEN = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
 
 class FileEntry(Strict):
@@ -58,15 +60,15 @@ class Retriever(Strict):
     tower: str = "user_tower.onnx"
     index: str = "index.faiss"
     n: int = Field(ge=1)
-    search: dict[Literal["nprobe", "efSearch"], int] = Field(default_factory=dict)
-    overfetch: float = Field(default=1.0, ge=1.0)
+    search: dict[Literal["nprobe", "efSearch"], Annotated[int, Field(ge=1, le=65_536)]] = Field(default_factory=dict)
+    overfetch: float = Field(default=1.0, ge=1.0, le=1_000.0)
     recall: Recall
 
     @model_validator(mode="after")
     def _has_its_parameters(self) -> "Retriever":
         needed = set(INDEX_KINDS[self.kind][1])
-        if set(self.search) != needed or any(value < 1 for value in self.search.values()):
-            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}, each 1 or more")
+        if set(self.search) != needed:
+            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}")
         return self
 
 
@@ -100,6 +102,10 @@ class Knots(Strict):
             raise ValueError("calibration knots must be as many x as y, strictly rising")
         return self
 
+    def inverse(self) -> "Knots":
+        """The function that leads back."""
+        return Knots(x=self.y, y=self.x)
+
     def __call__(self, scores: Scores) -> Scores:
         """f32[n] on this scale → f32[n] on the re-ranker's; keeps the order; NaN stays NaN."""
         x, y = np.asarray(self.x), np.asarray(self.y)
@@ -118,6 +124,55 @@ class Calibration(Strict):
     preranking: Knots
     typical_retrieval_score: float
     n_requests: int = Field(ge=1)
+
+
+class LossCurve(Strict):
+    """Loss by what re-ranking missed: piecewise linear in weights · (share missing in each band), constant beyond."""
+
+    weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]
+    x: tuple[float, ...] = Field(min_length=2)
+    y: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+    @model_validator(mode="after")
+    def _rises(self) -> "LossCurve":
+        if len(self.x) != len(self.y) or not np.all(np.diff(self.x) > 0) or not np.all(np.diff(self.y) >= 0):
+            raise ValueError("loss curves must be as many x as y, x strictly rising, y never falling")
+        return self
+
+
+class LossCurves(Strict):
+    """A curve for each of some shares of a stage's width, rising, the last for all of it."""
+
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    curves: tuple[LossCurve, ...] = Field(min_length=2)
+
+
+class LossTable(Strict):
+    """What degraded answers lose of NDCG@k, measured by `pack`; control/loss.py reads it.
+
+    edges: band b of the received order is the positions from edges[b] up to edges[b + 1].
+    retrieval: by the share of the width that was searched. preranking: by the share that was pre-ranked.
+    popular: the latter where retrieval failed. nameless: the loss when finding out who asks was late, or null.
+    """
+
+    k: int = Field(ge=1)
+    n_requests: int = Field(ge=1)
+    edges: tuple[int, ...]
+    retrieval: LossCurves
+    preranking: LossCurves
+    popular: LossCurves
+    nameless: float | None = Field(ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LossTable":
+        if self.edges[:1] != (0,) or not np.all(np.diff(self.edges) > 0):
+            raise ValueError("loss edges must rise strictly from 0")
+        for family in (self.retrieval, self.preranking, self.popular):
+            if len(family.shares) != len(family.curves) or not np.all(np.diff(family.shares) > 0):
+                raise ValueError("loss shares must rise strictly, one a curve")
+            if any(len(curve.weights) != len(self.edges) - 1 for curve in family.curves):
+                raise ValueError("loss weights must be one a band")
+        return self
 
 
 class Golden(Strict):
@@ -140,6 +195,7 @@ class Manifest(Strict):
     funnel: FunnelConfig
     features: FeatureSchema
     calibration: Calibration
+    loss: LossTable | None = None
     offline_metrics: dict[str, Any] = Field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
 
@@ -151,16 +207,14 @@ def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]
     """The manifest and its SHA-256. Raises BundleError."""
     file = path / MANIFEST
     with reading(MANIFEST):
-        if not path.is_dir():
-            raise BundleError(f"{path}: no such directory")
-        if file.is_symlink() or not file.is_file():
-            raise BundleError(f"{MANIFEST}: missing in {path}, or not a plain file")
-        if file.stat().st_size > MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST}: has {file.stat().st_size} bytes; allowed are {MANIFEST_BYTES}")
+        require(path.is_dir(), f"{path}: no such directory")
+        is_plain = file.is_file() and not file.is_symlink()
+        require(is_plain, f"{MANIFEST}: missing in {path}, or not a plain file")
+        size = file.stat().st_size
+        require(size <= MANIFEST_BYTES, f"{MANIFEST}: has {size} bytes; allowed are {MANIFEST_BYTES}")
         raw = file.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
-    if digest and found != digest:
-        raise BundleError(f"{MANIFEST}: its SHA-256 is {found}, expected {digest}")
+    require(not digest or digest == found, f"{MANIFEST}: its SHA-256 is {found}, expected {digest}")
     try:
         return Manifest.model_validate_json(raw), found
     except ValidationError as e:
@@ -172,20 +226,17 @@ def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]
 def verify_files(path: Path, manifest: Manifest) -> None:
     """Every file is listed, plain, of the stated size and SHA-256; nothing else is there."""
     for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise BundleError(f"{MANIFEST}: the file name {name!r} leaves the bundle's directory")
+        leaves = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+        require(not leaves, f"{MANIFEST}: the file name {name!r} leaves the bundle's directory")
     present = set(_walk(path))
-    for name in sorted(set(manifest.files) - present):
-        raise BundleError(f"{name}: listed in the manifest but missing")
-    for name in sorted(present - set(manifest.files) - {MANIFEST}):
-        raise BundleError(f"{name}: not listed in the manifest")
+    for name in sorted(set(manifest.files) ^ (present - {MANIFEST})):
+        require(name in present, f"{name}: listed in the manifest but missing")
+        require(name in manifest.files, f"{name}: not listed in the manifest")
     for name, entry in sorted(manifest.files.items()):
         with reading(name):
             size = (path / name).stat().st_size
-            if size != entry.size:
-                raise BundleError(f"{name}: has {size} bytes, the manifest says {entry.size}")
-            if sha256(path / name) != entry.sha256:
-                raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was changed")
+            require(size == entry.size, f"{name}: has {size} bytes, the manifest says {entry.size}")
+            require(sha256(path / name) == entry.sha256, f"{name}: its SHA-256 is not the manifest's; it was changed")
 
 
 def _walk(path: Path) -> Iterator[str]:
@@ -195,14 +246,12 @@ def _walk(path: Path) -> Iterator[str]:
         with reading(folder.relative_to(path).as_posix()):
             for file in folder.iterdir():
                 name = file.relative_to(path).as_posix()
-                if file.is_symlink():
-                    raise BundleError(f"{name}: is a link; a bundle has none")
+                require(not file.is_symlink(), f"{name}: is a link; a bundle has none")
+                require(file.is_file() or file.is_dir(), f"{name}: is neither a file nor a directory")
                 if file.is_dir():
                     folders.append(file)
-                elif file.is_file():
-                    yield name
                 else:
-                    raise BundleError(f"{name}: is neither a file nor a directory")
+                    yield name
 
 
 def sha256(file: Path) -> str:
@@ -218,3 +267,17 @@ def reading(name: str) -> Iterator[None]:
         yield
     except OSError as e:
         raise BundleError(f"{name}: can't be read ({e.strerror or e})") from e
+
+
+@contextmanager
+def opening(name: str, why: str, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """A file that a library can't open is a refused bundle. Raises BundleError that names it and says why.
+
+    Args:
+        faults: what counts as that; by default all, since neither numpy's nor onnxruntime's exceptions have a root.
+    """
+    try:
+        yield
+    except faults as e:
+        first_line, _, _ = str(e).partition("\n")
+        raise BundleError(f"{name}: {why} ({first_line or type(e).__name__})") from e

@@ -7,30 +7,30 @@ their timings in their replies.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+import prometheus_client
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from app.control.degradation import REASONS, USER_LATE
+from app.control.degradation import ALL_REASONS, USER_LATE
 from app.flow import Outcome, Ranking, Stage
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, that nobody reads
+if TYPE_CHECKING:
+    from app.service import Serving
+
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, that nobody reads
 
 OUTCOMES = ("ok", "degraded", "empty", "client_error", "refused", "deadline", "error")
 SHARD_OUTCOMES = ("ok", "late", "failed", "lost", "expired")
 STAGES = tuple(s.label for s in Stage)
+RANKED = STAGES[:3]  # those that score candidates
+EDGES = ("wanted", "done", "out")  # of a stage: candidates wanted, scored and passed on
+WORKER_STATES = ("alive", "starting", "backing_off")
+WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
 PAGE = 4096
 SCORES_OBSERVED = 10  # of an answer: its head is what moves when a model goes wrong
@@ -43,56 +43,44 @@ SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 SCORES = (-5, -2, -1, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 2, 5)
 
 
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
 class Metrics:
     """One registry. Units are in the names; see the table in `__init__`."""
 
     def __init__(self, sla_s: float) -> None:
-        self.registry = r = CollectorRegistry()
-        edges = tuple(sla_s * share for share in SLA_SHARES)
-        # fmt: off
-        self.requests = Counter("winnow_requests", "Ranking requests by outcome.", ["outcome"], registry=r)
-        self.seconds = Histogram(
-            "winnow_request_seconds", "From the first header byte to the answer.", ["arm"], buckets=edges, registry=r)
-        self.stage_seconds = Histogram(
-            "winnow_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=r)
-        self.stage_candidates = Histogram(
-            "winnow_stage_candidates", "Candidates wanted, scored and passed on.", ["stage", "edge"],
-            buckets=COUNTS, registry=r)
-        self.score = Histogram(
-            "winnow_score", "Scores of the first items shown, by the stage that made them.", ["stage", "arm"],
-            buckets=SCORES, registry=r)
-        self.shard_seconds = Histogram(
-            "winnow_shard_seconds", "Time of a shard in the model.", buckets=SECONDS, registry=r)
-        self.shards = Counter("winnow_shards", "Shards by outcome.", ["outcome"], registry=r)
-        self.degradations = Counter(
-            "winnow_degradations", "Departures from the full funnel.", ["stage", "reason"], registry=r)
-        self.inflight = Gauge("winnow_inflight", "Requests that hold a permit.", registry=r)
-        self.admission_limit = Gauge("winnow_admission_limit", "Permits there are.", registry=r)
-        self.quality = Gauge("winnow_quality", "Share of its configured width the funnel runs at.", registry=r)
-        self.coverage = Histogram(
-            "winnow_coverage_ratio", "Share of the wanted that was re-ranked.", buckets=SHARES, registry=r)
-        self.restarts = Counter("winnow_worker_restarts", "Workers that ended and were replaced.", registry=r)
-        # fmt: on
-        self._create_children()
-        ProcessCollector(registry=r)
-        PlatformCollector(registry=r)
-
-    def _create_children(self) -> None:
-        self.quality.set(1)
-        self.seconds.labels(NO_ARM)
-        for outcome in OUTCOMES:
-            self.requests.labels(outcome)
-        for outcome in SHARD_OUTCOMES:
-            self.shards.labels(outcome)
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
-            for edge in ("wanted", "done", "out"):
-                self.stage_candidates.labels(stage, edge)
-        for stage in STAGES[:3]:
-            self.score.labels(stage, NO_ARM)
-            for reason in REASONS.values():
-                self.degradations.labels(stage, reason)
+        self.registry = prometheus_client.CollectorRegistry()
+        add, sla, arms = self._add, tuple(sla_s * share for share in SLA_SHARES), (NO_ARM,)
+        self.requests = add(Counter, "requests", "Ranking requests by outcome.", outcome=OUTCOMES)
+        self.seconds = add(Histogram, "request_seconds", "From the first header byte to the answer.", sla, arm=arms)
+        self.stage_seconds = add(Histogram, "stage_seconds", "Wall time of a stage.", SECONDS, stage=STAGES)
+        self.stage_candidates = add(
+            Histogram, "stage_candidates", "Candidates by edge.", COUNTS, stage=STAGES, edge=EDGES
+        )
+        self.score = add(Histogram, "score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
+        self.shard_seconds = add(Histogram, "shard_seconds", "Time of a shard in the model.", SECONDS)
+        self.shards = add(Counter, "shards", "Shards by outcome.", outcome=SHARD_OUTCOMES)
+        self.rows_handed = add(Counter, "rows", "Rows sent to workers: first, as hedges, after a death.", work=WORK)
+        self.degradations = add(
+            Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS
+        )
         self.degradations.labels(USER_LATE.stage.label, USER_LATE.reason)
+        self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
+        self.admission_limit = add(Gauge, "admission_limit", "Permits there are.")
+        self.quality = add(Gauge, "quality", "Share of its configured width the funnel runs at.")
+        self.coverage = add(Histogram, "coverage_ratio", "Share of the wanted that was re-ranked.", SHARES)
+        self.restarts = add(Counter, "worker_restarts", "Workers that ended and were replaced.")
+        prometheus_client.ProcessCollector(registry=self.registry)
+        prometheus_client.PlatformCollector(registry=self.registry)
+
+    def _add(self, kind: type[M], name: str, what: str, buckets: Sequence[float] = (), **labels: Sequence[str]) -> M:
+        """A metric with a child for each combination of its labels' values."""
+        options: dict[str, Any] = {"buckets": buckets} if buckets else {}
+        metric = kind(f"winnow_{name}", what, tuple(labels), registry=self.registry, **options)
+        for values in product(*labels.values()) if labels else ():
+            metric.labels(*values)
+        return metric
 
     def request(self, outcome: str, seconds: float) -> None:
         """Count a request that was answered, with whatever; its time only when the funnel ran."""
@@ -105,18 +93,15 @@ class Metrics:
         for report in ranking.reports:
             stage = report.stage.label
             self.stage_seconds.labels(stage).observe(report.seconds)
-            self.stage_candidates.labels(stage, "wanted").observe(report.wanted)
-            self.stage_candidates.labels(stage, "done").observe(report.done)
-            self.stage_candidates.labels(stage, "out").observe(report.n_out)
+            for edge, n in zip(EDGES, (report.wanted, report.done, report.n_out), strict=True):
+                self.stage_candidates.labels(stage, edge).observe(n)
             if report.stage is Stage.RERANKING and report.outcome is not Outcome.SKIPPED:
                 self.coverage.observe(report.done / report.wanted)
         for d in ranking.degradations:
             self.degradations.labels(d.stage.label, d.reason).inc()
-        head = zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False)
-        for scored_by, score in head:
-            if not math.isfinite(score):
-                continue  # one NaN would make the histogram's sum NaN for good
-            self.score.labels(STAGES[scored_by], NO_ARM).observe(score)
+        for scored_by, score in zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False):
+            if math.isfinite(score):  # one NaN would make the histogram's sum NaN for good
+                self.score.labels(STAGES[scored_by], NO_ARM).observe(score)
 
     def shard(self, outcome: str, seconds: float) -> None:
         """Count a shard; its time only when the model ran."""
@@ -124,35 +109,38 @@ class Metrics:
         if seconds:
             self.shard_seconds.observe(seconds)
 
-    def watch(
-        self, pids: Callable[[], Mapping[int, int]], generations: Callable[[], Iterable[tuple[str, str, float]]]
-    ) -> None:
-        """Read at every scrape: worker processes by number; (role, digest, loaded at) of generations."""
-        self.registry.register(_AtScrape(pids, generations))
+    def rows(self, work: str, n: int) -> None:
+        """Count rows that were sent to a worker."""
+        self.rows_handed.labels(work).inc(n)
+
+    def restart(self) -> None:
+        """Count a worker that ended."""
+        self.restarts.inc()
+
+    def watch(self, held: "Mapping[str, Serving]") -> None:
+        """Read workers and generations (by role) at every scrape."""
+        self.held = held
+        self.registry.register(self)
 
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
-
-
-class _AtScrape:
-    """Values that are cheaper to read when asked than to keep."""
-
-    def __init__(
-        self, pids: Callable[[], Mapping[int, int]], generations: Callable[[], Iterable[tuple[str, str, float]]]
-    ) -> None:
-        self.pids, self.generations = pids, generations
+        return prometheus_client.generate_latest(self.registry), prometheus_client.CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterable[Metric]:
+        """What is cheaper to read when a scrape asks for it than to keep."""
+        pool = self.held["serving"].pool if "serving" in self.held else None
         rss = GaugeMetricFamily("winnow_worker_rss_bytes", "Resident memory of a worker.", labels=["worker"])
-        for worker, pid in self.pids().items():
+        for worker, pid in pool.pids().items() if pool else ():
             rss.add_metric([str(worker)], resident_bytes(pid))
+        workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
+        for state in WORKER_STATES:
+            workers.add_metric([state], pool.count(state) if pool else 0)
         info = GaugeMetricFamily("winnow_generation_info", "Generations held.", labels=["role", "digest"])
         age = GaugeMetricFamily("winnow_generation_age_seconds", "Since it was loaded.", labels=["role"])
-        for role, digest, loaded_at in self.generations():
-            info.add_metric([role, digest[:12]], 1)
-            age.add_metric([role], time.monotonic() - loaded_at)
-        return rss, info, age
+        for role, one in self.held.items():
+            info.add_metric([role, one.generation.digest[:12]], 1)
+            age.add_metric([role], time.monotonic() - one.loaded_at)
+        return rss, workers, info, age
 
 
 def resident_bytes(pid: int) -> int:

@@ -1,40 +1,50 @@
-"""The service's life: load → prove → start workers → serve → drain → stop; and one request's way through it.
+"""The service's life: load → prove → start workers → serve → switch → drain → stop; and one request's way through it.
 
-It owns what lives as long as the process: the generation, the funnel, the workers, the threads, the gate. It knows
-no HTTP (api.py) and no order of stages (funnel.py).
+It owns what lives as long as the process: the generations that are held, with their funnels and workers, the threads,
+the gate. It knows no HTTP (api.py) and no order of stages (funnel.py). A request pins the generation that serves when
+it gets its permit; one that leaves is closed when its last request has ended.
 """
 
 import asyncio
 import logging
+import os
+import sys
 import time
-from collections.abc import Iterable
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from app import users, wire
 from app.bundle import Generation, load
-from app.errors import CapacityError
+from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
 from app.flow import Query, Ranking
 from app.funnel import Funnel
 from app.gate import Gate, Phase
-from app.keys import Keys, read_keys
+from app.keys import read_keys
 from app.metrics import Metrics
 from app.settings import Settings
-from app.warmup import prove
+from app.warmup import measure, prove
 from app.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
+YIELDING = 19  # the lowest priority, for the process that proves a bundle while another is served
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class Serving:
-    """A generation with everything that runs it."""
+    """A generation with everything that runs it. inflight: requests that have it pinned."""
 
     generation: Generation
     funnel: Funnel
     pool: WorkerPool
     loaded_at: float
+    inflight: int = 0
+    is_leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +62,21 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.keys: Keys = read_keys(settings.api_keys_file)
+        self.keys = read_keys(settings.api_keys_file)
         self.metrics = Metrics(settings.sla_ms / 1e3)
-        self.metrics.watch(self.worker_pids, self.generations)
-        self.gate = Gate(settings.max_inflight, self.metrics)
+        self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
         self.threads = ThreadPoolExecutor(settings.threads, "stage")
         # Its own thread: behind four slow searches a look-up of microseconds would be late.
         self.lookups = ThreadPoolExecutor(1, "users")
-        self.serving: Serving | None = None
+        self.held: dict[str, Serving] = {}  # by role: serving, previous, candidate
+        self.metrics.watch(self.held)
+        # The last bundle that was offered: path, state (loading, ready, failed), error.
+        self.loading: dict[str, str | None] = {}
+        self.tasks: set[asyncio.Task[None]] = set()  # loading, and closing what left
+
+    @property
+    def serving(self) -> Serving | None:
+        return self.held.get("serving")
 
     # ----------------------------------------------------------------------------------------- life
 
@@ -68,62 +85,142 @@ class Service:
         started = time.monotonic()
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
-        pool = WorkerPool(
-            generation, self.settings.workers, observe=self.metrics.shard, on_restart=self.metrics.restarts.inc
-        )
-        await pool.start()
-        reserve_s = self.settings.reply_reserve_ms / 1e3
-        funnel = Funnel(generation, pool, self.threads, reserve_s)
-        self.serving = Serving(generation, funnel, pool, time.monotonic())
+        self.held["serving"] = opened = await self._open(generation)
         self.gate.phase = Phase.SERVING
-        took = time.monotonic() - started
-        log.info("serving %s, %d items, %d workers", generation.name, generation.n_items, pool.n_workers)
-        log.info("ready after %.1f s", took)
+        log.info("serving %s, %d items, %d workers", generation.name, generation.n_items, opened.pool.n_workers)
+        log.info("ready after %.1f s", time.monotonic() - started)
+
+    async def _open(self, generation: Generation) -> Serving:
+        """Workers and funnel for a verified generation, warm. Raises ServerError."""
+        s = self.settings
+        pool = WorkerPool(generation, s.workers, self.metrics, s.spares, s.paced_row_ms / 1e3)
+        funnel = Funnel(generation, pool, self.threads, s.reply_reserve_ms / 1e3)
+        await asyncio.to_thread(measure, funnel)
+        await pool.start()
+        return Serving(generation, funnel, pool, time.monotonic())
 
     async def stop(self) -> None:
         """Finish what is in flight, then end the workers."""
         if not await self.gate.drain(self.settings.drain_s):
             log.warning("%d requests were still in flight at the stop", self.gate.inflight)
-        if self.serving:
-            await self.serving.pool.close()
+        await asyncio.sleep(self.settings.linger_s)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.lookups.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_ready(self) -> bool:
         """Warm, at least one worker alive, not draining."""
-        return self.gate.phase is Phase.SERVING and bool(self.serving and self.serving.pool.n_alive)
+        return self.gate.phase is Phase.SERVING and bool(self.serving and self.serving.pool.n_workers)
+
+    # ----------------------------------------------------------------------------------- generations
+
+    def offer(self, path: Path, *, activate: bool) -> None:
+        """Begin to load a bundle aside; `loading` tells how it goes. Raises NotThere, Conflict, CapacityError."""
+        if self.gate.phase is not Phase.SERVING:
+            raise CapacityError(f"the service is {self.gate.phase.value}")
+        if self.loading.get("state") == "loading":
+            raise Conflict(f"{self.loading['path']} is being loaded")
+        if not path.is_dir():
+            raise NotThere(f"{path}: no such directory")
+        self.loading = {"path": str(path), "state": "loading", "error": None}
+        self._keep(asyncio.create_task(self._load(path, activate), name="load"))
+
+    async def _load(self, path: Path, activate: bool) -> None:
+        try:
+            await _prove_apart(path)
+            generation = await asyncio.to_thread(load, path, is_verified=True)
+            self._hold("candidate", await self._open(generation))
+            self.loading["state"] = "ready"
+            if activate:
+                self.activate()
+        except Exception as e:  # whatever it was, the old generation serves on
+            is_fault = isinstance(e, ServerError)
+            log.error("offered bundle refused: %s", e, exc_info=None if is_fault else e)
+            self.loading |= {"state": "failed", "error": str(e) if is_fault else f"a defect of the service: {e!r}"}
+
+    def activate(self) -> None:
+        """Let the candidate serve: one reference is switched. Raises Conflict if there is none."""
+        self._switch_to("candidate", "no candidate is loaded")
+
+    def roll_back(self) -> None:
+        """Let the previous generation serve again. Raises Conflict if there is none."""
+        self._switch_to("previous", "no previous generation is held")
+
+    def _switch_to(self, role: str, otherwise: str) -> None:
+        """Let the generation of this role serve; who served is the previous one from now on."""
+        if role not in self.held:
+            raise Conflict(otherwise)
+        served, self.held["serving"] = self.held["serving"], self.held.pop(role)
+        self._hold("previous", served)
+        log.info("serving %s", self.held["serving"].generation.name)
+
+    def _hold(self, role: str, what: Serving) -> None:
+        """Give a role to a generation; who had it leaves."""
+        left, self.held[role] = self.held.get(role), what
+        if left:
+            left.is_leaving = True
+            self._close_if_left(left)
+
+    def _close_if_left(self, held: Serving) -> None:
+        if held.is_leaving and not held.inflight:
+            self._keep(asyncio.create_task(held.pool.close(), name="close"))
+
+    def _keep(self, task: "asyncio.Task[None]") -> None:
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    @contextmanager
+    def _pinned(self) -> Iterator[Serving]:
+        """The generation that serves now, held until the end of the block."""
+        serving = self.held["serving"]
+        serving.inflight += 1
+        try:
+            yield serving
+        finally:
+            serving.inflight -= 1
+            self._close_if_left(serving)
 
     # -------------------------------------------------------------------------------------- requests
 
     async def rank(
-        self, request: wire.RankRequest, request_id: str, received_at: float, *, is_large: bool = False
+        self, request: wire.RankRequest, request_id: str, arrived: tuple[float, float], *, is_large: bool = False
     ) -> Answered:
         """One request, from its schema to the ranked ids. Raises any of errors.py.
 
-        is_large: its ids and features take over a millisecond to look up, so that a thread does it.
+        Args:
+            arrived: when the first byte of its head and the last of its body were read, seconds.
+            is_large: its ids and features take over a millisecond to look up, so that a thread does it.
         """
-        with self.gate.permit(request.priority):
-            serving = self.serving  # pinned: the whole request sees one generation
-            if serving is None:
-                raise CapacityError("no generation is loaded")
-            deadline = wire.deadline(request, received_at, self.settings.sla_ms / 1e3)
-            started = time.monotonic()
-            limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
-            found = await users.resolve(request.user.id, serving.generation, self.lookups, limit_s)
-            users_s = time.monotonic() - started
-            resolve = partial(wire.to_query, request, request_id, serving.generation, found)
-            query = await asyncio.to_thread(resolve) if is_large else resolve()
-            ranking = await serving.funnel.rank(query, deadline)
-            self.metrics.ranking(ranking)
-            return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
+        received_at, complete_at = arrived
+        async with self.gate.permit(request.priority):
+            with self._pinned() as serving:
+                deadline = wire.deadline(request, received_at, self.settings.sla_ms / 1e3)
+                started = time.monotonic()
+                limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
+                found = await users.resolve(request.user.id, serving.generation, self.lookups, limit_s)
+                users_s = time.monotonic() - started
+                resolve = partial(wire.to_query, request, request_id, serving.generation, found)
+                query = await asyncio.to_thread(resolve) if is_large else resolve()
+                ranking = await serving.funnel.rank(query, deadline, self.gate.quality.now(started))
+                if deadline.timeout_s >= self.gate.sla_s:
+                    self.gate.finished(time.monotonic() - complete_at, ranking.extra_s)
+                self.metrics.ranking(ranking)
+                return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
 
-    # ----------------------------------------------------------------------------------- what is held
 
-    def worker_pids(self) -> dict[int, int]:
-        return self.serving.pool.pids() if self.serving else {}
-
-    def generations(self) -> Iterable[tuple[str, str, float]]:
-        """(role, digest, loaded at) of each generation held."""
-        if self.serving:
-            yield "serving", self.serving.generation.digest, self.serving.loaded_at
+async def _prove_apart(path: Path) -> None:
+    """Verify and prove a bundle in a process that yields to everybody. Raises BundleError with its sentence."""
+    command = (sys.executable, "-m", "app", "check", str(path))
+    process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
+    try:
+        os.setpriority(os.PRIO_PROCESS, process.pid, YIELDING)
+        _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    if process.returncode:
+        lines = said.decode(errors="replace").strip().splitlines() or [f"ended with code {process.returncode}"]
+        raise BundleError(lines[-1].removeprefix("refused: "))

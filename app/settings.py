@@ -32,6 +32,9 @@ class Limits:
     TIMEOUT_MS = 10_000
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
 def tunable(default: Any, why: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with its reason and its range (inclusive)."""
     return field(default=default, metadata={"why": why, "low": low, "high": high})
@@ -47,26 +50,32 @@ class Settings:
     admin_host: str = tunable("127.0.0.1", "address of the admin port: metrics, generations")
     admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
     workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
+    spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
     threads: int = tunable(4, "threads for tower, index and linear stage; they release the GIL", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     user_limit_ms: float = tunable(5.0, "time to find out who asks, else they are unknown", low=0.1, high=1e3)
     reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)
-    max_inflight: int = tunable(64, "requests in the funnel at once; more are refused", low=1, high=10_000)
+    max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)
+    receive_s: float = tunable(5.0, "time for a client to send a request; slower ones are cut off", low=0.1, high=600)
     drain_s: float = tunable(10.0, "how long a stop waits for requests in flight", low=0, high=600)
+    # So that clients close their idle connections themselves.
+    linger_s: float = tunable(0.5, "how long a stop goes on answering 503", low=0, high=60)
+    # Stands in for an accelerator in load tests.
+    paced_row_ms: float = tunable(0.0, "a row takes a worker at least this long, waiting", low=0, high=1e3)
     api_keys_file: Path | None = tunable(None, "SHA-256 digests of API keys with their rights")
-    log_level: str = tunable("info", "debug, info, warning or error")
+    log_level: str = tunable("info", "what is said at least: " + ", ".join(LOG_LEVELS))
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if low is not None and not low <= value <= high:
                 raise SettingsError(f"WINNOW_{f.name.upper()}={value}: allowed is {low:g} to {high:g}")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is debug, info, warning, error")
-        for name, host in (("HOST", self.host), ("ADMIN_HOST", self.admin_host)):
-            if not self.api_keys_file and not is_loopback(host):
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is {', '.join(LOG_LEVELS)}")
+        for name in () if self.api_keys_file else ("host", "admin_host"):
+            if not is_loopback(host := getattr(self, name)):
                 raise SettingsError(
-                    f"WINNOW_{name}={host}: without WINNOW_API_KEYS_FILE only a loopback address is allowed"
+                    f"WINNOW_{name.upper()}={host}: without WINNOW_API_KEYS_FILE only loopback is allowed"
                 )
 
 

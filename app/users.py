@@ -62,31 +62,33 @@ def person(asked: Asked, generation: Generation, found: Found) -> tuple[Person, 
 
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
     """
-    row, fields = found.row, _fields(asked, generation, found.row)
-    history, n_ignored = np.empty(0, np.int64), 0
+    rows, table = np.empty(0, np.int64), generation.users
+    is_known = found.row != NO_ROW
     if asked.history is not None:
         rows = generation.ids.rows(asked.history)
-        history = rows[rows != NO_ROW]
-        n_ignored = len(rows) - len(history)
-    elif generation.users and row != NO_ROW and generation.users.history is not None:
-        stored = np.asarray(generation.users.history[row], np.int64)
-        history = stored[stored != NO_ROW]
-    return Person(sealed(history), fields, is_known=row != NO_ROW, is_late=found.is_late), n_ignored
+    elif table and is_known and table.history is not None:
+        rows = np.asarray(table.history[found.row], np.int64)
+    history, fields = rows[rows != NO_ROW], _fields(asked, generation, found.row)
+    n_ignored = 0 if asked.history is None else len(rows) - len(history)
+    return Person(sealed(history), fields, is_known, found.is_late), n_ignored
 
 
 def _fields(asked: Asked, generation: Generation, row: int) -> dict[str, NDArray[Any]]:
-    fields = {}
-    for key, value in asked.features.items():
-        part, _, name = key.partition(".")
-        fields[key] = field_value(f"{SENT_IN[part]}.{name}", key, value, generation)
+    """What was sent, else what the user table has in this row, else the defaults."""
+    specs = {key: s for key, s in generation.manifest.features.fields.items() if key.partition(".")[0] in SENT_IN}
     tables = generation.users.tables if generation.users and row != NO_ROW else {}
-    for key, spec in generation.manifest.features.fields.items():
-        part, _, name = key.partition(".")
-        if part in SENT_IN and key not in fields:
-            is_stored = part == "user" and name in tables
-            stored = np.asarray(tables[name][row], spec.dtype).reshape(1, *spec.shape) if is_stored else spec.filled()
-            fields[key] = stored
-    return fields
+    stored = {
+        f"user.{name}": np.asarray(table[row], spec.dtype).reshape(1, *spec.shape)
+        for name, table in tables.items()
+        if (spec := specs.get(f"user.{name}"))
+    }
+    sent = {key: field_value(_where(key), key, value, generation) for key, value in asked.features.items()}
+    return {key: spec.filled() for key, spec in specs.items()} | stored | sent
+
+
+def _where(key: str) -> str:
+    part, _, name = key.partition(".")
+    return f"{SENT_IN[part]}.{name}"
 
 
 def field_value(where: str, key: str, value: Any, generation: Generation) -> NDArray[Any]:
@@ -94,11 +96,6 @@ def field_value(where: str, key: str, value: Any, generation: Generation) -> NDA
 
     Raises: InvalidRequest that names the field (`where`) and what is allowed.
     """
-    specs, prefix = generation.manifest.features.fields, key.partition(".")[0] + "."
-    if key not in specs:
-        names = ", ".join(k.removeprefix(prefix) for k in specs if k.startswith(prefix))
-        allowed = f"no such feature; allowed: {names or 'none in this bundle'}"
-        raise InvalidRequest(FieldError(where, shown(value), allowed))
     try:
         return field_values(key, [value], generation)
     except ValueError as e:
@@ -108,16 +105,21 @@ def field_value(where: str, key: str, value: Any, generation: Generation) -> NDA
 def field_values(key: str, values: Sequence[Any], generation: Generation) -> NDArray[Any]:
     """The same for many candidates, in one conversion: [n, *shape].
 
-    Raises: KeyError for a key that isn't in the schema; ValueError that says what is allowed, if a value isn't, or if
-    they aren't all of one form (1 and [1]).
+    A number and a list of it are the same. Raises: ValueError that says what is allowed, if a value isn't.
     """
-    spec, vocab = generation.manifest.features.fields[key], generation.vocab.get(key)
+    specs, vocab = generation.manifest.features.fields, generation.vocab.get(key)
+    if key not in specs:
+        prefix = key.partition(".")[0] + "."
+        names = ", ".join(k.removeprefix(prefix) for k in specs if k.startswith(prefix))
+        raise ValueError(f"no such feature; allowed: {names or 'none in this bundle'}")
+    spec = specs[key]
     if any(isinstance(v, str) for v in values):
         if vocab is None:
             raise ValueError(f"{_form(spec)}: it has no category names")
         values = [vocab.get(v, spec.default) if isinstance(v, str) else v for v in values]
+    listed = [v if isinstance(v, list) else [v] for v in values]
     try:
-        exact = np.asarray(values, np.float64).reshape(len(values), *spec.shape)
+        exact = np.asarray(listed, np.float64).reshape(len(values), *spec.shape)
     except ValueError as e:
         raise ValueError(_form(spec)) from e
     if not spec.holds(exact):

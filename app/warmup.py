@@ -4,7 +4,8 @@ Running them also warms everything up: memory maps, the runtime's memory plans, 
 """
 
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ import orjson
 
 from app import users, wire
 from app.bundle import Generation
+from app.control.costs import fitted
 from app.control.deadline import Deadline
-from app.errors import BundleError, ClientError
+from app.errors import BundleError, ClientError, require
 from app.flow import Query, Ranking
 from app.funnel import Funnel, offline_funnel
-from app.manifest import Golden
+from app.manifest import MANIFEST, UNFORESEEN, Golden, opening
 
 TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 on scores near 1
 UNHURRIED_S = 600.0
+MEASURED_TWICE = 2
 
 
 def offline_query(request: dict[str, Any], generation: Generation) -> Query:
@@ -31,33 +34,55 @@ def offline_query(request: dict[str, Any], generation: Generation) -> Query:
 
 async def rank_offline(funnel: Funnel, query: Query, watched: tuple[int, ...] = ()) -> Ranking:
     """The whole funnel with all the time it wants."""
-    return await funnel.rank(query, Deadline(time.monotonic(), UNHURRIED_S), watched)
+    return await funnel.rank(query, Deadline(time.monotonic(), UNHURRIED_S), watched=watched)
+
+
+def measure(funnel: Funnel) -> None:
+    """Seed the costs of retrieval and pre-ranking from the golden requests, at their width and at a quarter of it."""
+    generation = funnel.generation
+    width = min(generation.manifest.funnel.retrieve, generation.n_items)
+    queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]
+    queries = [query for query in queries if query.candidates is None]
+    widths = (max(1, width // 4), width)
+    for _ in range(MEASURED_TWICE) if queries else ():  # the first round warms up
+        searches = {n: [_timed(funnel.retrieval.search, q, n) for q in queries] for n in widths}
+        wide = [(q, found) for q, (_, found) in zip(queries, searches[width], strict=True)]
+        scorings = {n: [_timed(funnel.preranking.score, q, f, min(n, len(f))) for q, f in wide] for n in widths}
+        for stage, timed in ((funnel.retrieval, searches), (funnel.preranking, scorings)):
+            narrow, full = ((n, float(np.median([s for s, _ in timed[n]]))) for n in widths)
+            stage.cost = fitted(narrow, full)
+
+
+def _timed(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+    started = time.monotonic()
+    done = work(*given)
+    return time.monotonic() - started, done
 
 
 async def prove(generation: Generation) -> None:
     """Run the golden requests. Raises BundleError if none gives an item, or that names the first not reproduced."""
-    if not any(golden.items for golden in generation.manifest.golden):
-        raise BundleError("manifest.json: golden must hold a request that gives items; without one nothing is proved")
-    with ThreadPoolExecutor(1, "prove") as threads:
+    holds_items = any(golden.items for golden in generation.manifest.golden)
+    require(holds_items, "manifest.json: golden must hold a request that gives items; without one nothing is proved")
+    with opening(MANIFEST, "its golden requests can't be run", UNFORESEEN), ThreadPoolExecutor(1, "prove") as threads:
+        funnel = offline_funnel(generation, threads)
         for number, golden in enumerate(generation.manifest.golden):
-            await _prove_one(generation, golden, number, threads)
+            await _prove_one(funnel, golden, f"manifest.json: golden request {number}")
 
 
-async def _prove_one(generation: Generation, golden: Golden, number: int, threads: Executor) -> None:
-    where = f"manifest.json: golden request {number}"
+async def _prove_one(funnel: Funnel, golden: Golden, where: str) -> None:
     try:
-        query = offline_query(golden.request, generation)
-    except ClientError as e:
+        query = offline_query(golden.request, funnel.generation)
+    except (ClientError, orjson.JSONEncodeError) as e:  # an integer of over 64 bits
         raise BundleError(f"{where} is not a request this bundle can answer ({e})") from e
-    ranking = await rank_offline(offline_funnel(generation, threads), query)
-    if ranking.degradations:
-        lost = ranking.degradations[0]
+    ranking = await rank_offline(funnel, query)
+    for lost in ranking.degradations:
         raise BundleError(f"{where} fails in {lost.stage.label} ({lost.reason})")
-    found = dict(zip(generation.ids.external(ranking.rows), ranking.scores.tolist(), strict=True))
-    if not len(found) == len(golden.items) == len(golden.scores):
-        n = f"{len(golden.items)} with {len(golden.scores)} scores"
-        raise BundleError(f"{where} gives {len(found)} items, the manifest says {n}")
-    for item, expected, at_place in zip(golden.items, golden.scores, ranking.scores.tolist(), strict=True):
+    scores = ranking.scores.tolist()
+    found = dict(zip(funnel.generation.ids.external(ranking.rows), scores, strict=True))
+    n = f"{len(golden.items)} with {len(golden.scores)} scores"
+    is_whole = len(found) == len(golden.items) == len(golden.scores)
+    require(is_whole, f"{where} gives {len(found)} items, the manifest says {n}")
+    for item, expected, at_place in zip(golden.items, golden.scores, scores, strict=True):
         # Where two items changed places, both scores must still be what they were: a tie, to the tolerance.
-        if item not in found or not np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE):
-            raise BundleError(f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}")
+        is_same = item in found and np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE)
+        require(is_same, f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}")

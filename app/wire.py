@@ -6,14 +6,12 @@ left out and counted (`ignored`). Statuses are api.py's; what is known of the pe
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from app import users
@@ -22,12 +20,10 @@ from app.control.deadline import Deadline
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
 from app.flow import Filter, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
-from app.users import Asked, Found
 
 SHOWN_ERRORS = 20
+MANY_ERRORS = 1_000  # beyond them none is named
 LARGE_BODY = 4_096  # bytes, some hundreds of ids: what is longer takes over a millisecond and goes to a thread
-SLICE = 250  # candidates parsed at a time: half a millisecond
-PAUSE_S = 2e-5  # between two slices; shorter, and the thread takes the lock back before the event loop had it
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=Limits.ID_LENGTH)]
@@ -48,8 +44,8 @@ class UserPart(Wire):
 
     id: Id | None = Field(None, description="External id, as in the bundle's user table.")
     features: Features = Field(default_factory=dict, description="By name, as in the bundle's schema.")
-    history: Annotated[list[Id], Field(max_length=Limits.HISTORY, fail_fast=True)] | None = Field(
-        None, description="Item ids, oldest first, the most recent last."
+    history: list[Id] | None = Field(
+        None, max_length=Limits.HISTORY, fail_fast=True, description="Item ids, oldest first, the most recent last."
     )
 
 
@@ -60,9 +56,7 @@ class FilterPart(Wire):
 
     field: Text
     eq: Number | Text | None = None
-    one_of: Annotated[list[Number | Text], Field(max_length=Limits.FILTER_VALUES, fail_fast=True)] | None = Field(
-        None, alias="in"
-    )
+    one_of: list[Number | Text] | None = Field(None, alias="in", max_length=Limits.FILTER_VALUES, fail_fast=True)
     gte: Number | None = None
     lte: Number | None = None
 
@@ -82,17 +76,12 @@ class CandidatePart(Wire):
     features: Features = Field(default_factory=dict)
 
 
-CANDIDATES: TypeAdapter[list[int | str | CandidatePart]] = TypeAdapter(
-    list[Id | CandidatePart], config=ConfigDict(strict=True)
-)
-
-
 class RankRequest(Wire):
     """One ranking request. Everything is optional: an empty object asks for the best for anybody."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"user": {"history": []}, "k": 3, "timeout_ms": 100}]})
 
-    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]{1,128}$")] | None = None
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:\-]{1,128}$")
     user: UserPart = UserPart()
     query: Features = Field(default_factory=dict, description="Features of what was asked for.")
     context: Features = Field(default_factory=dict, description="Features of the moment.")
@@ -101,14 +90,23 @@ class RankRequest(Wire):
     rerank_count: int | None = Field(None, ge=1, le=Limits.CANDIDATES, description="Width of re-ranking.")
     filters: list[FilterPart] = Field(default_factory=list, max_length=Limits.FILTERS)
     exclude: list[Id] = Field(default_factory=list, max_length=Limits.EXCLUDE, fail_fast=True)
-    candidates: Annotated[list[Id | CandidatePart], Field(max_length=Limits.CANDIDATES, fail_fast=True)] | None = (
-        Field(None, description="Rank these instead of retrieving.")
+    candidates: list[Id | CandidatePart] | None = Field(
+        None, max_length=Limits.CANDIDATES, fail_fast=True, description="Rank these instead of retrieving."
     )
     strict: bool = Field(False, description="504 rather than a degraded answer.")
     priority: Literal["low", "normal", "high"] = Field(
         "normal", description="Under pressure low is refused first, high last."
     )
 
+
+class OfferRequest(Wire):
+    """A bundle to load beside the one that serves: POST /admin/generations."""
+
+    path: str = Field(min_length=1, max_length=4_096, description="Directory of the bundle.")
+    activate: bool = Field(True, description="Let it serve as soon as it is warm.")
+
+
+Asks = TypeVar("Asks", RankRequest, OfferRequest)
 
 # ------------------------------------------------------------------------------------------- answers
 
@@ -143,7 +141,7 @@ class RankResponse(Wire):
     coverage: CoveragePart
     degraded: list[DegradedPart]
     expected_ndcg_loss: float | None = Field(
-        description="0 for a full answer; null where this bundle has no measurement of the loss."
+        description="Of NDCG@k against the full funnel's answer, on average; 0 for a full one, null: never measured."
     )
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
         description="Ids sent that the catalogue doesn't have, or that were sent twice."
@@ -160,9 +158,7 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
     return {
         "request_id": query.request_id,
         "generation": ranking.generation,
-        "items": [
-            {"id": i, "score": score, "stage": labels[stage], "propensity": p} for i, score, stage, p in columns
-        ],
+        "items": [{"id": i, "score": score, "stage": labels[stage], "propensity": p} for i, score, stage, p in columns],
         "empty_reason": ranking.empty_reason,
         "coverage": {
             "wanted": reranking.wanted,
@@ -173,7 +169,7 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
         "degraded": [
             {"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in ranking.degradations
         ],
-        "expected_ndcg_loss": None if ranking.degradations else 0.0,
+        "expected_ndcg_loss": ranking.expected_ndcg_loss,
         "ignored": dict(query.ignored),
         "took_ms": took_ms,
     }
@@ -183,35 +179,21 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
 
 
 def parse(body: bytes) -> RankRequest:
+    """A ranking request; raises as `read` does."""
+    return read(body, RankRequest)
+
+
+def read(body: bytes, schema: type[Asks]) -> Asks:
     """Raises MalformedBody if it isn't JSON, InvalidRequest if it isn't the schema."""
     try:
-        return _parse_in_slices(body) or RankRequest.model_validate_json(body)
+        return schema.model_validate_json(body)
     except ValidationError as e:
+        if e.error_count() > MANY_ERRORS:  # to describe a hundred thousand would take a second
+            raise InvalidRequest(FieldError("body", f"{e.error_count()} errors", "what the schema allows")) from e
         errors = e.errors(include_url=False, include_context=False)
         if errors[0]["type"] == "json_invalid":
             raise MalformedBody(errors[0]["msg"]) from e
         raise InvalidRequest(*_field_errors(errors, from_json(body))[:SHOWN_ERRORS]) from e
-
-
-def _parse_in_slices(body: bytes) -> RankRequest | None:
-    """The same for many candidates; None if they are few or something is wrong.
-
-    The parser holds Python's lock until it ends, 20 ms for ten thousand candidates, and so would hold up the event
-    loop from any thread. Between two slices the loop has its turn.
-    """
-    if len(body) <= LARGE_BODY:
-        return None
-    parts: list[int | str | CandidatePart] = []
-    try:
-        sent = orjson.loads(body)
-        candidates, sent["candidates"] = sent["candidates"], []
-        request = RankRequest.model_validate(sent)
-        for start in range(0, min(len(candidates), Limits.CANDIDATES + 1) or 1, SLICE):
-            parts += CANDIDATES.validate_python(candidates[start : start + SLICE])
-            time.sleep(PAUSE_S)
-    except (ValueError, LookupError, TypeError):
-        return None
-    return request.model_copy(update={"candidates": parts}) if len(parts) <= Limits.CANDIDATES else None
 
 
 def _field_errors(errors: Sequence[Any], sent: Any) -> list[FieldError]:
@@ -251,14 +233,14 @@ def deadline(request: RankRequest, received_at: float, sla_s: float) -> Deadline
     return Deadline(received_at, sla_s if request.timeout_ms is None else request.timeout_ms / 1e3)
 
 
-def asked(request: RankRequest) -> Asked:
+def asked(request: RankRequest) -> users.Asked:
     """What the request says of its person, features by schema key."""
     sent = {"user": request.user.features, "context": request.context, "query": request.query}
     features = {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
-    return Asked(request.user.id, request.user.history, features)
+    return users.Asked(request.user.id, request.user.history, features)
 
 
-def to_query(request: RankRequest, request_id: str, generation: Generation, found: Found) -> Query:
+def to_query(request: RankRequest, request_id: str, generation: Generation, found: users.Found) -> Query:
     """Everything external becomes rows of this generation; `found` is what users.resolve found.
 
     Microseconds for a small body, up to 10 ms for the largest.
@@ -266,66 +248,54 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, foun
     """
     person, n_ignored = users.person(asked(request), generation, found)
     exclude = generation.ids.rows(request.exclude)
-    ignored = {"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": 0}
-    rows: Rows | None = None
-    fields: dict[str, NDArray[Any]] = {}
-    if request.candidates is not None:
-        rows, fields, ignored["candidates"] = _candidates(request.candidates, generation)
+    candidates, fields, n_left_out = _candidates(request.candidates, generation)
     return Query(
         request_id=request_id,
         person=person,
         k=request.k or generation.manifest.funnel.k,
         filters=tuple(_filter(i, f, generation) for i, f in enumerate(request.filters)),
         exclude=sealed(np.unique(exclude[exclude != NO_ROW])),
-        candidates=rows,
+        candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,
         is_strict=request.strict,
-        ignored=ignored,
+        ignored={"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
     )
 
 
 def _candidates(
-    sent: Sequence[int | str | CandidatePart], generation: Generation
-) -> tuple[Rows, dict[str, NDArray[Any]], int]:
+    sent: Sequence[int | str | CandidatePart] | None, generation: Generation
+) -> tuple[Rows | None, dict[str, NDArray[Any]], int]:
     """Rows, each once, in the order sent; their features by schema key; how many were left out."""
+    if sent is None:
+        return None, {}, 0
     found = generation.ids.rows([c.id if isinstance(c, CandidatePart) else c for c in sent])
     _, first = np.unique(found, return_index=True)
     kept = np.sort(first[found[first] != NO_ROW])
-    features = {i: c.features for i, c in enumerate(sent) if isinstance(c, CandidatePart) and c.features}
-    try:
-        columns = _columns(features, generation, len(sent))
-    except (KeyError, ValueError):  # one by one names the first that is wrong, and takes 1 and [1] for the same
-        columns = _columns(_singly(features, generation), generation, len(sent))
-    fields = {key: sealed(column[kept]) for key, column in columns.items()}
-    return sealed(found[kept]), fields, len(sent) - len(kept)
+    sent_with = {i: c.features for i, c in enumerate(sent) if isinstance(c, CandidatePart) and c.features}
+    columns = _columns(sent_with, generation, len(sent))
+    return sealed(found[kept]), {key: sealed(c[kept]) for key, c in columns.items()}, len(sent) - len(kept)
 
 
 def _columns(features: Mapping[int, Mapping[str, Any]], generation: Generation, n: int) -> dict[str, NDArray[Any]]:
     """Features by position in the request → [n, *shape] by schema key, a conversion a key.
 
-    Raises: KeyError or ValueError, for a feature that the bundle doesn't read, or that is wrong or of several forms.
+    Raises: InvalidRequest that names the first position whose feature is wrong or not in the bundle.
     """
     columns = {}
-    for name in set().union(*features.values()):
-        key = f"candidate.{name}"
-        columns[key] = generation.manifest.features.fields[key].filled(n)
-        sent = {position: values[name] for position, values in features.items() if name in values}
-        columns[key][list(sent)] = users.field_values(key, list(sent.values()), generation)
+    try:
+        for name in set().union(*features.values()):
+            key = f"candidate.{name}"
+            sent = {position: values[name] for position, values in features.items() if name in values}
+            exact = users.field_values(key, list(sent.values()), generation)
+            columns[key] = generation.manifest.features.fields[key].filled(n)
+            columns[key][list(sent)] = exact
+    except ValueError:  # of all at once it isn't known which: one by one names it
+        for position, values in features.items():
+            for name, value in values.items():
+                users.field_value(f"candidates.{position}.features.{name}", f"candidate.{name}", value, generation)
+        raise
     return columns
-
-
-def _singly(features: Mapping[int, Mapping[str, Any]], generation: Generation) -> dict[int, dict[str, Any]]:
-    """The same features, each converted by itself. Raises InvalidRequest that names the first wrong one."""
-    return {
-        position: {
-            name: users.field_value(f"candidates.{position}.features.{name}", f"candidate.{name}", value, generation)[
-                0
-            ]
-            for name, value in values.items()
-        }
-        for position, values in features.items()
-    }
 
 
 def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
@@ -334,11 +304,8 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
         allowed = ", ".join(generation.filterable) or "none in this bundle"
         raise InvalidRequest(FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}"))
     vocab = generation.vocab.get(part.field)
-    wanted = part.one_of if part.eq is None else [part.eq]
-    values = None
-    if wanted is not None:
-        key = "in" if part.eq is None else "eq"
-        values = np.array([_number(f"{where}.{key}", v, vocab) for v in wanted], np.float64)
+    key, wanted = ("in", part.one_of) if part.eq is None else ("eq", [part.eq])
+    values = None if wanted is None else np.array([_number(f"{where}.{key}", v, vocab) for v in wanted], np.float64)
     return Filter(part.field, values, part.gte, part.lte)
 
 

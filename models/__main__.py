@@ -4,6 +4,8 @@ python -m models pack --config pack.toml --out BUNDLE
                                            arrays and ONNX files, anybody's, to a bundle
 python -m models evaluate BUNDLE --requests FILE
                                            what the funnel loses against its own re-ranker
+python -m models synthesize --items 1_000_000
+                                           a made-up world of any size, packed, with requests to load it
 python -m models demo                      all of it, served, with one request printed
 
 Exit codes: 0; 1 if the demo's service can't be started or asked; 2 for what can't be fetched, packed or evaluated;
@@ -22,6 +24,7 @@ from models.errors import Refused
 DATA = Path("data")
 ARTEFACTS = Path("models/artefacts/movielens-100k")
 BUNDLE = Path("models/bundles/movielens-100k")
+SYNTHETIC = Path("models/bundles/w1")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, _example_options),
         ("pack", _pack, _pack_options),
         ("evaluate", _evaluate, _evaluate_options),
+        ("synthesize", _synthesize, _synthesize_options),
         ("demo", _demo, _demo_options),
     ):
         command = commands.add_parser(name)
@@ -79,6 +83,15 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k", type=int, default=10, help="how many of the re-ranker's own best")
 
 
+def _synthesize_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--items", type=int, required=True, help="1,000 or more")
+    command.add_argument("--dim", type=int, default=64, help="of the embeddings")
+    command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
+    command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
+    command.add_argument("--name", help="the bundle's; its directory's if absent")
+    command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
 def _demo_options(command: argparse.ArgumentParser) -> None:
     _example_options(command)
     command.add_argument("--bundle", type=Path, default=BUNDLE)
@@ -109,9 +122,27 @@ def _pack(parsed: argparse.Namespace) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from app.bundle import load
-    from models.evaluate import report
+    from models.evaluate import read_requests, report
+    from models.loss import check
 
-    report(load(parsed.bundle), parsed.requests, parsed.most, parsed.k)
+    generation = load(parsed.bundle)
+    report(generation, parsed.requests, parsed.most, parsed.k)
+    print("\n".join(check(generation, read_requests(parsed.requests))))
+
+
+def _synthesize(parsed: argparse.Namespace) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is there: on two threads products differ in the last digit
+    from models.synthesize import synthesize
+
+    synthesize(
+        parsed.out,
+        parsed.items,
+        d=parsed.dim,
+        seed=parsed.seed,
+        name=parsed.name or parsed.out.name,
+        force=parsed.force,
+        say=partial(print, flush=True),
+    )
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 
 from app.bundle import NO_ROW, Generation, load
 
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy can not reach our loopback
 READY_S = 60.0
 SHOWN_HISTORY = 8
 OTHER_PORTS = "choose others with make demo PORT=… ADMIN_PORT=… (--port, --admin-port)"
@@ -110,7 +111,8 @@ def service(bundle: Path, ports: tuple[int, int], workers: int) -> Iterator[subp
     """
     check_ports(ports)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the service would outlive us
-    settings = {
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("WINNOW_")}  # of another service
+    environ |= {
         "WINNOW_BUNDLE": str(bundle),
         "WINNOW_PORT": str(ports[0]),
         "WINNOW_ADMIN_PORT": str(ports[1]),
@@ -118,9 +120,7 @@ def service(bundle: Path, ports: tuple[int, int], workers: int) -> Iterator[subp
     }
     log_file = bundle.with_suffix(".log")
     with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app", "serve"], env=os.environ | settings, stdout=log, stderr=log
-        )
+        process = subprocess.Popen([sys.executable, "-m", "app", "serve"], env=environ, stdout=log, stderr=log)
         try:
             yield process
         except KeyboardInterrupt:
@@ -137,7 +137,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise DemoError(f"the service ended with code {process.returncode}; the log beside the bundle says why")
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=1):
+            with OPENER.open(f"{url}/readyz", timeout=1):
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.05)  # another process: there is no event to wait for
@@ -150,7 +150,7 @@ def ask(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
         f"{url}/v1/rank", json.dumps(request).encode(), {"content-type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(posted, timeout=10) as reply:
+        with OPENER.open(posted, timeout=10) as reply:
             return json.load(reply)  # type: ignore[no-any-return]
     except OSError as e:  # an HTTPError is one
         raise DemoError(f"the service did not rank ({e})") from e

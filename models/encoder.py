@@ -46,8 +46,7 @@ class HistoryEncoder(nn.Module):
         weights = torch.exp(self.log_weight)[None] * (rows >= 0).float()[:, None]
         known = rows.clamp(min=0)
         sums = [
-            F.embedding_bag(known, table, per_sample_weights=one.contiguous(), mode="sum")
-            for one in weights.unbind(1)
+            F.embedding_bag(known, table, per_sample_weights=one.contiguous(), mode="sum") for one in weights.unbind(1)
         ]
         return self._head(torch.stack(sums, dim=1), weights.sum(2), (rows >= 0).float().sum(1))
 

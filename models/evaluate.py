@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.bundle import Generation, run_model
+from app.control.deadline import Deadline
 from app.errors import ClientError, StageFailed
 from app.features import Inputs, re_ranker_inputs
 from app.flow import Candidates, Query, Ranking, Rows, Scored, Stage, best_first
@@ -25,6 +26,7 @@ from app.warmup import offline_query, prove, rank_offline
 from models.pack_config import PackError
 
 STAGES = [stage.label for stage in Stage]
+UNHURRIED = Deadline(0.0, 600.0)
 Floats = NDArray[np.float32]
 Request = dict[str, Any]
 
@@ -93,18 +95,29 @@ def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Flo
     return np.asarray(scores, np.float32).reshape(-1)
 
 
-def prerank(generation: Generation, queries: Iterable[Query]) -> Iterator[tuple[Query, Scored]]:
-    """Retrieval at its configured width, and the linear stage's scores of what it found."""
+def prerank(
+    generation: Generation, queries: Iterable[Query], *, is_popular: bool = False
+) -> Iterator[tuple[Query, Scored]]:
+    """Retrieval at its configured width, and the linear stage's scores of what it found.
+
+    is_popular: with what takes retrieval's place when it fails.
+    """
     width = generation.manifest.funnel.retrieve
     with ThreadPoolExecutor(1) as threads:
         funnel = offline_funnel(generation, threads)
         for query in queries:
-            yield query, funnel.preranking.score(query, funnel.retrieval.search(query, width))
+            if is_popular:
+                found = funnel.retrieval.substitute(funnel.open_scope(query, UNHURRIED), query, None)
+            else:
+                found = funnel.retrieval.search(query, width)
+            yield query, funnel.preranking.score(query, found)
 
 
-def score_through(generation: Generation, queries: Iterable[Query]) -> Iterator[ScoredThrough]:
+def score_through(
+    generation: Generation, queries: Iterable[Query], *, is_popular: bool = False
+) -> Iterator[ScoredThrough]:
     """The same, and the re-ranker on everything found."""
-    for query, coarse in prerank(generation, queries):
+    for query, coarse in prerank(generation, queries, is_popular=is_popular):
         found = coarse.candidates
         yield ScoredThrough(query, found, coarse.scores, re_rank(generation, query, found))
 

@@ -1,7 +1,7 @@
 """pack.toml → a bundle: what any team does with its arrays and ONNX files, and what the trainers here do too.
 
     arrays ─▶ checked, copied ─┐
-    graphs ─▶ checked, bound  ─┴▶ draft ─▶ index ─▶ calibration ─▶ golden scores ─▶ proved ─▶ renamed into place
+    graphs ─▶ checked, bound  ─┴▶ draft ─▶ index ─▶ calibration ─▶ loss ─▶ golden scores ─▶ proved ─▶ in place
 
 The draft is a directory beside the target: there is a whole bundle or none. The end is what the service itself
 does at its start (load, then the golden requests), so what was packed can be served. Every refusal is a
@@ -25,11 +25,12 @@ import onnx
 from numpy.typing import NDArray
 
 from app.bundle import ITEMS, USERS, VOCAB, Generation, Ids, PreRanker, Users, check_shapes, load, open_session
+from app.control.loss import at_share
 from app.errors import BundleError
 from app.features import FeatureSchema
 from app.flow import Candidates, Origin, Query, sealed
 from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manifest, Recall, Retriever, sha256
-from models import evaluate, graph, index, score_scale
+from models import evaluate, graph, index, loss, score_scale
 from models.pack_config import PackConfig, PackError, read_config
 from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies
 
@@ -98,6 +99,7 @@ def _fill(config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | Non
     say(f"graphs: rows are scored alone, on {TRIAL_REQUESTS} requests of {TRIAL_ROWS} rows")
     generation = _with_index(generation, users, wanted, say)
     generation = _with_calibration(generation, queries, say)
+    generation = _with_loss(generation, requests, say)
     _write_manifest(generation.manifest, draft)
     return _with_golden(load(draft), requests, say)
 
@@ -117,10 +119,7 @@ def _bind(config: PackConfig, say: Say) -> dict[str, onnx.ModelProto]:
 
 
 def _try_models(
-    generation: Generation,
-    models: Mapping[str, onnx.ModelProto],
-    queries: Sequence[Query],
-    users: NDArray[np.float32],
+    generation: Generation, models: Mapping[str, onnx.ModelProto], queries: Sequence[Query], users: NDArray[np.float32]
 ) -> Generation:
     """Prove on rows of the catalogue that the re-ranker keeps its contract.
 
@@ -202,10 +201,22 @@ def _with_calibration(generation: Generation, queries: Sequence[Query], say: Say
     say(f"calibration: from {n} requests, {len(fine):,} candidates")
     for name, knots in (("retrieval", calibration.retrieval), ("pre-rank", calibration.preranking)):
         if len(knots.x) == 2:
-            say(
-                f"calibration: {name} scores hardly rise with the re-ranker's: what isn't re-ranked is placed blindly"
-            )
+            say(f"calibration: {name} scores hardly rise with the re-ranker's: what isn't re-ranked is placed blindly")
     return replace(generation, manifest=generation.manifest.model_copy(update={"calibration": calibration}))
+
+
+def _with_loss(generation: Generation, requests: Sequence[evaluate.Request], say: Say) -> Generation:
+    """Measure what degraded answers lose, on carried scores as they will be."""
+    table = loss.measure(generation, requests)
+    nothing, everything = ([share] * (len(table.edges) - 1) for share in (0.0, 1.0))
+    lost = {
+        "re-ranking": at_share(table.preranking, 1.0, everything),
+        "pre-ranking": at_share(table.preranking, 0.0, nothing),
+        "retrieval": at_share(table.popular, 1.0, nothing),
+    }
+    said = ", ".join(f"{value:.3f} without {stage}" for stage, value in lost.items())
+    say(f"loss: of NDCG@{table.k} {said}, from {table.n_requests} requests")
+    return replace(generation, manifest=generation.manifest.model_copy(update={"loss": table}))
 
 
 def _with_golden(generation: Generation, requests: Sequence[evaluate.Request], say: Say) -> Generation:
@@ -252,9 +263,7 @@ def _draft_manifest(config: PackConfig, names: tuple[str, ...], n_items: int) ->
         created=_created().strftime("%Y-%m-%dT%H:%M:%SZ"),
         files={},
         retrievers=(
-            Retriever(
-                name="two_tower", kind="flat", n=n_items, recall=Recall(target=1, reached=0, at=1, n_queries=0)
-            ),
+            Retriever(name="two_tower", kind="flat", n=n_items, recall=Recall(target=1, reached=0, at=1, n_queries=0)),
         ),
         funnel=config.funnel.config,
         features=FeatureSchema(

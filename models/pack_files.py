@@ -29,8 +29,7 @@ def write_items(config: PackConfig, draft: Path) -> int:
     embeddings = read_array(items.embeddings, "items.embeddings")
     if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or embeddings.shape[1] == 0:
         raise PackError(
-            f"items.embeddings: is {embeddings.dtype} {list(embeddings.shape)}; allowed is float16 or float32, "
-            f"[{n}, d]"
+            f"items.embeddings: is {embeddings.dtype} {list(embeddings.shape)}; allowed is float16 or float32, [{n}, d]"
         )
     _write(embeddings, "items.embeddings", n, draft / ITEMS / "embedding.npy")
     for name, file in items.tables.items():

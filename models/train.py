@@ -104,9 +104,7 @@ def train(
     return out_dir
 
 
-def fit(
-    line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Show, epochs: int | None = None
-) -> Fitted:
+def fit(line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Show, epochs: int | None = None) -> Fitted:
     """Towers and re-ranker, fitted on these events and nothing else."""
     torch.use_deterministic_algorithms(True)
     statics = item_statics(line, events, catalogue)

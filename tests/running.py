@@ -100,14 +100,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(bundle: Path, **settings: str) -> Iterator[Running]:
-    """`python -m app serve` on this bundle with one worker."""
+def running(bundle: Path, stdout: Any = subprocess.PIPE, **settings: str) -> Iterator[Running]:
+    """`python -m app serve` on this bundle with one worker. stdout: where its log goes; a pipe is read."""
     ports = {"WINNOW_PORT": free_port(), "WINNOW_ADMIN_PORT": free_port()}
     environ = {k: v for k, v in os.environ.items() if not k.startswith("WINNOW_")}
     environ |= {"WINNOW_BUNDLE": str(bundle), "WINNOW_WORKERS": "1"}
     environ |= {name: str(port) for name, port in ports.items()} | settings
     process = subprocess.Popen(
-        [sys.executable, "-m", "app", "serve"], env=environ, stdout=subprocess.PIPE, stderr=None, text=True
+        [sys.executable, "-m", "app", "serve"], env=environ, stdout=stdout, stderr=None, text=True
     )
     started = Running(process, ports["WINNOW_PORT"], ports["WINNOW_ADMIN_PORT"])
     reader = threading.Thread(target=_read, args=(process, started.lines))
@@ -122,10 +122,11 @@ def running(bundle: Path, **settings: str) -> Iterator[Running]:
             process.kill()
             process.wait()
         reader.join()
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
 
 
 def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
-    for line in process.stdout:
+    for line in process.stdout or ():
         lines.put(line)
     lines.put(None)

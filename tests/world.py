@@ -256,10 +256,7 @@ def re_ranker() -> onnx.ModelProto:
 
 
 def _model(
-    nodes: list[Any],
-    inputs: dict[str, tuple[Any, ...]],
-    output: tuple[str, tuple[Any, ...]],
-    constants: dict[str, Any],
+    nodes: list[Any], inputs: dict[str, tuple[Any, ...]], output: tuple[str, tuple[Any, ...]], constants: dict[str, Any]
 ) -> onnx.ModelProto:
     types = {"occupation": TensorProto.INT64}
     graph = helper.make_graph(

@@ -9,11 +9,11 @@ import time
 from concurrent.futures import Executor
 
 import numpy as np
-from numpy.typing import NDArray
 
 from app.bundle import Generation
+from app.control.costs import Cost
 from app.features import Inputs, named_features
-from app.flow import Candidates, Query, RequestScope, Scored, Stage, sealed
+from app.flow import Candidates, Query, RequestScope, Scored, Scores, Stage, sealed
 
 
 class Preranking:
@@ -24,29 +24,45 @@ class Preranking:
     def __init__(self, generation: Generation, threads: Executor) -> None:
         self.generation, self.threads = generation, threads
         self.model = generation.pre_ranker
+        self.cost = Cost(1e-3, 1e-7)
 
     def wanted(self, scope: RequestScope, query: Query, given: Candidates) -> int:
         return len(given)
 
-    async def run(self, scope: RequestScope, query: Query, given: Candidates, until: float) -> Scored:
-        """The arithmetic in a thread; what is late goes on there unheard."""
-        work = asyncio.get_running_loop().run_in_executor(self.threads, self.score, query, given)
-        return await asyncio.wait_for(work, until - time.monotonic())
+    def fits(self, budget_s: float) -> int:
+        return self.cost.fits(budget_s)
 
-    def score(self, query: Query, candidates: Candidates) -> Scored:
-        """A score for each candidate, in the candidates' order."""
-        sent = query.sent_with(candidates.rows)
-        given = Inputs(self.generation.tables, query.person, candidates, sent)
+    def seconds(self, n: int) -> float:
+        return self.cost.seconds(n)
+
+    async def run(self, scope: RequestScope, query: Query, given: Candidates, until: float) -> Scored:
+        """The arithmetic in a thread, for the `scope.width` nearest; what is late goes on there unheard."""
+        started = time.monotonic()
+        work = asyncio.get_running_loop().run_in_executor(self.threads, self.score, query, given, scope.width)
+        scored = await asyncio.wait_for(work, until - started)
+        self.cost.observe(scope.width, time.monotonic() - started)
+        return scored
+
+    def score(self, query: Query, candidates: Candidates, width: int | None = None) -> Scored:
+        """A score for each candidate, in the candidates' order; beyond `width` the retrieval score stands for it."""
+        n = len(candidates) if width is None else width
+        near = candidates if n == len(candidates) else candidates.take(np.arange(n))
+        given = Inputs(self.generation.tables, query.person, near, query.sent_with(near.rows))
         logits = named_features(self.model.names, given) @ self.model.weights + self.model.bias
         with np.errstate(over="ignore"):  # exp(88) is infinite in float32 and its probability is 0
             scores = 1 / (1 + np.exp(-logits))
-        return Scored(candidates, sealed(scores), self.stage, _all(self.stage, len(scores)))
+        scored_by = np.full(len(candidates), self.stage, np.uint8)
+        if n < len(candidates):
+            scores = np.concatenate([scores, self._carried(candidates.retrieval_scores[n:])])
+            scored_by[n:] = Stage.RETRIEVAL
+        return Scored(candidates, sealed(scores), self.stage, sealed(scored_by))
+
+    def _carried(self, retrieval_scores: Scores) -> Scores:
+        """Retrieval scores on this stage's scale, by way of the re-ranker's, which both are calibrated to."""
+        calibration = self.generation.manifest.calibration
+        return calibration.preranking.inverse()(calibration.retrieval(retrieval_scores))
 
     def substitute(self, scope: RequestScope, query: Query, given: Candidates) -> Scored:
         """The retrieval scores as they are, and said to be so."""
-        n = len(given)
-        return Scored(given, given.retrieval_scores, Stage.RETRIEVAL, _all(Stage.RETRIEVAL, n))
-
-
-def _all(stage: Stage, n: int) -> NDArray[np.uint8]:
-    return sealed(np.full(n, stage, np.uint8))
+        scored_by = sealed(np.full(len(given), Stage.RETRIEVAL, np.uint8))
+        return Scored(given, given.retrieval_scores, Stage.RETRIEVAL, scored_by)

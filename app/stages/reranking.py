@@ -2,8 +2,9 @@
 
 It owns how candidates are dealt out to shards and how what comes back is put together; processes and messages
 are workers/. Shards are dealt round-robin from the pre-rank order, so that a lost shard costs an even sample
-of the list and not its head. What isn't scored in time keeps the score it came with, brought to
-the deep model's scale by the bundle's calibration, so that fresh and carried scores compare.
+of the list and not its head; each is scored best first, so that a late one costs its tail. What isn't scored in
+time keeps the score it came with, brought to the deep model's scale by the bundle's calibration and by what was
+scored (control/carrying.py), so that fresh and carried compare.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.bundle import Generation
-from app.errors import ContractError
+from app.control.carrying import to_request_scale
+from app.errors import StageFailed
 from app.flow import Query, RequestScope, Scored, Scores, Stage, sealed
 from app.workers.scoring import Shard, ShardScorer
 
@@ -32,52 +34,59 @@ class Reranking:
     def wanted(self, scope: RequestScope, query: Query, given: Scored) -> int:
         return min(scope.rerank_width, len(given))
 
+    def fits(self, budget_s: float) -> int:
+        """With no worker alive everything: `run` is to say what is wrong."""
+        return self.scorer.fits(budget_s) if self.scorer.n_workers else 1 << 30
+
+    def seconds(self, n: int) -> float:
+        return self.scorer.seconds(n)
+
     async def run(self, scope: RequestScope, query: Query, given: Scored, until: float) -> Scored:
-        """Score the best; what isn't back by the instant `until` (seconds, monotonic) is carried."""
-        n = self.wanted(scope, query, given)
+        """Score the `scope.width` best; what isn't back by the instant `until` (seconds, monotonic) is carried."""
+        n, n_workers = scope.width, self.scorer.n_workers
+        if n and not n_workers:
+            raise StageFailed("no worker is alive")
         if not n:
-            return self._put_together(given, [])
-        n_shards = max(1, min(self.scorer.n_workers, n // MIN_SHARD))
-        dealt = [np.arange(s, n, n_shards) for s in range(n_shards)]
-        answers = [self.scorer.submit(self._shard(query, given, at, until)) for at in dealt]
-        limit = max(0.0, until - time.monotonic())
+            return self.substitute(scope, query, given)
+        carried, scored_by = self._carried(given), given.scored_by.copy()
+        scores = carried.copy()
+        scope.shards = max(1, min(n_workers, n // MIN_SHARD))
+
+        def submit(at: NDArray[np.intp]) -> "asyncio.Future[None]":
+            def deliver(start: int, sliced: Scores) -> None:
+                rows = at[start : start + len(sliced)]
+                scores[rows], scored_by[rows] = sliced, self.stage
+
+            candidates = given.candidates.take(at)
+            shard = Shard(query.person, candidates, query.sent_with(candidates.rows), until)
+            return self.scorer.submit(shard, deliver)
+
+        answers = [submit(np.arange(s, n, scope.shards)) for s in range(scope.shards)]
         try:
-            await asyncio.wait(answers, timeout=limit)
+            await asyncio.wait(answers, timeout=max(0.0, until - time.monotonic()))
         finally:
             for answer in answers:
                 answer.cancel()
-        scope.shards = n_shards
-        fresh: list[tuple[NDArray[np.intp], Scores]] = [
-            (at, answer.result()) for at, answer in zip(dealt, answers, strict=True) if is_scored(answer)
-        ]
-        scope.shards_ok = len(fresh)
-        return self._put_together(given, fresh)
+        scope.shards_ok = sum(map(is_scored, answers))
+        is_fresh = scored_by == self.stage
+        scores = np.where(is_fresh, scores, to_request_scale(carried, scores, is_fresh))
+        return Scored(given.candidates, sealed(scores), self.stage, sealed(scored_by))
 
     def substitute(self, scope: RequestScope, query: Query, given: Scored) -> Scored:
         """Everything carried."""
-        return self._put_together(given, [])
-
-    def _shard(self, query: Query, coarse: Scored, at: NDArray[np.intp], until: float) -> Shard:
-        candidates = coarse.candidates.take(at)
-        return Shard(query.person, candidates, query.sent_with(candidates.rows), until)
-
-    def _put_together(self, coarse: Scored, fresh: list[tuple[NDArray[np.intp], Scores]]) -> Scored:
-        scores, scored_by = self._carried(coarse), coarse.scored_by.copy()
-        for at, shard_scores in fresh:
-            scores[at] = shard_scores
-            scored_by[at] = self.stage
-        return Scored(coarse.candidates, sealed(scores), self.stage, sealed(scored_by))
+        return Scored(given.candidates, sealed(self._carried(given)), self.stage, given.scored_by)
 
     def _carried(self, coarse: Scored) -> Scores:
         calibration = self.generation.manifest.calibration
-        is_preranked = coarse.stage is Stage.PRERANKING
-        return (calibration.preranking if is_preranked else calibration.retrieval)(coarse.scores)
+        knots = calibration.preranking if coarse.stage is Stage.PRERANKING else calibration.retrieval
+        return knots(coarse.scores)
 
 
-def is_scored(answer: "asyncio.Future[Scores]") -> bool:
-    """The shard came back in time and whole. Raises ContractError: a defect is no fault to be carried over."""
-    if not answer.done() or answer.cancelled():
+def is_scored(answer: "asyncio.Future[None]") -> bool:
+    """The shard came back in time and whole. Raises whatever is no fault of a worker: it can't be carried over."""
+    if answer.cancelled():
         return False
-    if isinstance(error := answer.exception(), ContractError):
+    error = answer.exception()
+    if error and not isinstance(error, StageFailed):
         raise error
     return error is None

@@ -8,6 +8,8 @@ are always exact inner products with the stored embeddings, whatever the index a
 import asyncio
 import time
 from concurrent.futures import Executor
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import faiss
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.bundle import NO_ROW, Generation, run_model
+from app.control.costs import Cost
 from app.errors import StageFailed
 from app.features import request_inputs
 from app.flow import Candidates, Filter, Origin, Query, RequestScope, Rows, Scores, Stage, sealed
@@ -34,14 +37,25 @@ class Retrieval:
         self.generation, self.threads = generation, threads
         self.retriever = generation.manifest.retrievers[0]
         self.embedding = generation.tables["embedding"]
+        self.cost = Cost(1e-3, 1e-7)
 
     def wanted(self, scope: RequestScope, query: Query, given: None) -> int:
         return scope.retrieve_width if query.candidates is None else len(query.candidates)
 
+    def fits(self, budget_s: float) -> int:
+        return self.cost.fits(budget_s)
+
+    def seconds(self, n: int) -> float:
+        return self.cost.seconds(n)
+
     async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
-        """The search in a thread; a late one goes on there unheard."""
-        work = asyncio.get_running_loop().run_in_executor(self.threads, self.search, query, scope.retrieve_width)
-        return await asyncio.wait_for(work, until - time.monotonic())
+        """The search in a thread, `scope.width` wide; one that is late goes on there unheard."""
+        started = time.monotonic()
+        work = asyncio.get_running_loop().run_in_executor(self.threads, self.search, query, scope.width)
+        found = await asyncio.wait_for(work, until - started)
+        if query.candidates is None:
+            self.cost.observe(scope.width, time.monotonic() - started)
+        return found
 
     def search(self, query: Query, width: int) -> Candidates:
         """Candidates, the nearest first. Raises StageFailed if tower or index fail."""
@@ -54,18 +68,16 @@ class Retrieval:
 
     def substitute(self, scope: RequestScope, query: Query, given: None) -> Candidates:
         """The bundle's popular items (or the caller's own), all with a typical score, best first."""
-        rows = self.generation.popular if query.candidates is None else query.candidates
-        rows = rows[self._is_allowed(query, rows)]
         if query.candidates is None:
-            rows = rows[: scope.retrieve_width]
+            rows, origin, most = self.generation.popular, Origin.POPULAR, scope.retrieve_width
+        else:
+            rows, origin, most = query.candidates, Origin.CALLER, len(query.candidates)
+        rows = rows[self._is_allowed(query, rows)][:most]
         typical = self.generation.manifest.calibration.typical_retrieval_score
         # A step well above float32's resolution keeps the order, and moves no score by more than a thousandth.
-        scores = np.float32(typical) - np.arange(len(rows), dtype=np.float32) * np.float32(
-            1e-3 * max(abs(typical), 1.0) / max(len(rows), 1)
-        )
-        user = np.zeros(self.generation.d, np.float32)
-        origin = Origin.POPULAR if query.candidates is None else Origin.CALLER
-        return self._candidates(rows, scores, origin, user)
+        step = np.float32(1e-3 * max(abs(typical), 1.0) / max(len(rows), 1))
+        scores = np.float32(typical) - np.arange(len(rows), dtype=np.float32) * step
+        return self._candidates(rows, scores, origin, np.zeros(self.generation.d, np.float32))
 
     def embed(self, query: Query) -> NDArray[np.float32]:
         """The user tower's output, f32[d]."""
@@ -86,7 +98,7 @@ class Retrieval:
     def _search(self, query: Query, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
         excluded = self._excluded(query)
         if query.filters:
-            eligible = self._matching(query.filters)
+            eligible = self._matching(query.filters, slice(None))
             eligible[excluded] = False
             n_eligible = np.count_nonzero(eligible)
             if n_eligible > max(EXACT_ROWS, width):
@@ -104,14 +116,12 @@ class Retrieval:
         n_fetched = min(self.generation.n_items, int(width * self.retriever.overfetch))
         selector = None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
         try:
-            scores, rows = self.generation.index.search(
-                user[None], n_fetched, params=self._parameters(selector, n_fetched)
-            )
+            parameters = self._parameters(selector, n_fetched)
+            (scores,), (rows,) = self.generation.index.search(user[None], n_fetched, params=parameters)
         except RuntimeError as e:
             if selector is not None:  # this kind can't select: the exact search does it
                 return np.empty(0, np.int64), np.empty(0, np.float32)
             raise StageFailed(f"index: {e}") from e
-        rows, scores = rows[0], scores[0]
         rows, scores = rows[rows >= 0], scores[rows >= 0]
         if self.retriever.kind in ("ivf_sq8", "ivf_pq"):
             return self._search_exactly(rows, user, width)
@@ -137,7 +147,7 @@ class Retrieval:
         scores = np.empty(len(rows), np.float32)
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]
-            scores[start : start + BLOCK] = np.asarray(self.embedding[block], np.float32) @ user
+            scores[start : start + BLOCK] = np.asarray(self.embedding.take(block, axis=0), np.float32) @ user
         return scores
 
     # --------------------------------------------------------------------------- what may be found
@@ -150,17 +160,13 @@ class Retrieval:
     def _is_allowed(self, query: Query, rows: Rows) -> NDArray[np.bool_]:
         """bool[len(rows)]: what filters and exclusions leave. A caller's candidate may be in the history."""
         excluded = query.exclude if query.candidates is not None else self._excluded(query)
-        allowed = np.isin(rows, excluded, invert=True)
-        for condition in query.filters:
-            allowed &= matches(condition, self.generation.tables[condition.table][rows])
-        return allowed
+        return np.isin(rows, excluded, invert=True) & self._matching(query.filters, rows)
 
-    def _matching(self, filters: tuple[Filter, ...]) -> NDArray[np.bool_]:
-        """bool[N]: the rows that satisfy every filter."""
-        mask = np.ones(self.generation.n_items, np.bool_)
-        for condition in filters:
-            mask &= matches(condition, self.generation.tables[condition.table])
-        return mask
+    def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> NDArray[np.bool_]:
+        """Whether each of these rows satisfies every filter, of which there may be none."""
+        tables = self.generation.tables
+        held = (matches(condition, tables[condition.table][rows]) for condition in filters)  # one mask at a time
+        return np.asarray(reduce(and_, held, np.True_))
 
 
 def matches(condition: Filter, values: NDArray[Any]) -> NDArray[np.bool_]:

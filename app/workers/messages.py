@@ -1,42 +1,48 @@
 """What crosses between the service and its workers: fixed binary records over a Unix socket.
 
+    to a worker     SHARD, STOP (a job), PING
+    from a worker   READY (an empty slice; its seconds are a row's), SCORES (a slice), FAILED, BROKEN, PONG
+
 A frame is a header and a payload; everything is little-endian and starts with the format version. A shard carries
 row numbers, retrieval scores, the request-level inputs and the *remaining* microseconds, never an instant:
-clocks of two processes aren't compared. Array lengths follow from the header of the record and from the
-feature schema, which both sides read from the same bundle; each frame names the bundle's generation.
+clocks of two processes aren't compared. Its arrays go by name, each with its type and shape, so that nothing about
+a bundle's fields is written here; each frame names the bundle's generation.
 """
 
+import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from app.features import FeatureSchema, FieldSpec
-from app.flow import Candidates, Person, Rows, Scores
+from app.features import FeatureSchema
+from app.flow import Candidates, Person, Scores
 from app.workers.scoring import Shard
 
-FORMAT = 1
+FORMAT = 3
 # format version, kind, unused, payload bytes, generation, job
 HEADER = struct.Struct("<BBHIQQ")
-# remaining µs, rows, history items, user embedding length, candidate fields sent (a bit for each)
-SHARD_HEADER = struct.Struct("<qIIIQ")
-SCORES_HEADER = struct.Struct("<dI")  # seconds in the model, rows
+SHARD_HEADER = struct.Struct("<q")  # remaining µs
+ARRAYS_HEADER = struct.Struct("<I")  # bytes of the JSON that says [name, type, shape] of each array
+SCORES_HEADER = struct.Struct("<dII?")  # seconds in the model, first row, rows, whether it is the last slice
 
 
 class Kind(IntEnum):
     READY = 1
     SHARD = 2
     SCORES = 3
-    FAILED = 4  # a fault: the shard is carried
+    FAILED = 4  # a fault, or told to stop: the rest of the shard is carried
     BROKEN = 5  # a defect of ours: the request is a 500
+    STOP = 6
+    PING = 7
+    PONG = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A header that was read: what follows it and which job it is about."""
 
     kind: Kind
@@ -63,83 +69,68 @@ def read_header(header: bytes) -> Frame:
     return Frame(Kind(kind), length, generation, job)
 
 
-def read_scores(payload: bytes) -> tuple[float, Scores]:
-    """Seconds in the model, and f32[n]."""
-    seconds, n = SCORES_HEADER.unpack_from(payload)
-    return seconds, np.frombuffer(payload, "<f4", n, SCORES_HEADER.size)
+class Slice(NamedTuple):
+    """Consecutive rows of a shard, scored. start: the first of them, in the shard. scores: f32[n]."""
+
+    seconds: float
+    start: int
+    scores: Scores
+    is_last: bool
 
 
-def write_scores(seconds: float, scores: Scores) -> bytes:
-    return SCORES_HEADER.pack(seconds, len(scores)) + scores.astype("<f4").tobytes()
+def read_slice(payload: bytes) -> Slice:
+    seconds, start, n, is_last = SCORES_HEADER.unpack_from(payload)
+    return Slice(seconds, start, np.frombuffer(payload, "<f4", n, SCORES_HEADER.size), is_last)
+
+
+def write_slice(scored: Slice) -> bytes:
+    head = SCORES_HEADER.pack(scored.seconds, scored.start, len(scored.scores), scored.is_last)
+    return head + scored.scores.astype("<f4").tobytes()
 
 
 class ShardRecord:
-    """Writes and reads shards of one bundle; the schema fixes which fields there are, and their sizes."""
+    """Writes and reads shards of one bundle."""
 
     def __init__(self, features: FeatureSchema) -> None:
-        fields = sorted(features.fields.items())
-        self.person = [(key, spec) for key, spec in fields if not key.startswith("candidate.")]
-        self.candidate = [(key, spec) for key, spec in fields if key.startswith("candidate.")]
         self.history = max((i.length for i in features.re_ranker), default=0)
 
     def write(self, shard: Shard, remaining_s: float) -> bytes:
         """Only as much of the history goes along as the re-ranker reads."""
-        candidates = shard.candidates
-        history = shard.person.history[len(shard.person.history) - self.history :]
-        if len(shard.person.history) < self.history:
-            history = shard.person.history
-        sent = sum(1 << bit for bit, (key, _) in enumerate(self.candidate) if key in shard.candidate_fields)
-        parts = [
-            SHARD_HEADER.pack(
-                int(remaining_s * 1e6), len(candidates), len(history), len(candidates.user_embedding), sent
-            ),
-            candidates.rows.astype("<i8").tobytes(),
-            candidates.retrieval_scores.astype("<f4").tobytes(),
-            candidates.user_embedding.astype("<f4").tobytes(),
-            history.astype("<i8").tobytes(),
-        ]
-        parts += [_raw(spec, shard.person.fields[key]) for key, spec in self.person]
-        parts += [
-            _raw(spec, shard.candidate_fields[key]) for key, spec in self.candidate if key in shard.candidate_fields
-        ]
-        return b"".join(parts)
+        candidates, history = shard.candidates, shard.person.history
+        arrays: dict[str, NDArray[Any]] = {
+            "rows": candidates.rows,
+            "scores": candidates.retrieval_scores,
+            "user": candidates.user_embedding,
+            "history": history[max(0, len(history) - self.history) :],
+            **shard.person.fields,
+            **shard.candidate_fields,
+        }
+        return SHARD_HEADER.pack(int(remaining_s * 1e6)) + write_arrays(arrays)
 
     def read(self, payload: bytes, now: float) -> Shard:
         """The shard, with its time counted from `now` on this process's clock."""
-        remaining_us, n, n_history, d, sent = SHARD_HEADER.unpack_from(payload)
-        take = _Cursor(payload, SHARD_HEADER.size)
-        rows: Rows = take("<i8", n)
-        scores: Scores = take("<f4", n)
-        user: NDArray[np.float32] = take("<f4", d)
-        history: Rows = take("<i8", n_history)
-        fields = {key: take.field(spec, 1) for key, spec in self.person}
-        candidate_fields: Mapping[str, NDArray[Any]] = {
-            key: take.field(spec, n) for bit, (key, spec) in enumerate(self.candidate) if sent >> bit & 1
-        }
+        (remaining_us,) = SHARD_HEADER.unpack_from(payload)
+        arrays = read_arrays(payload, SHARD_HEADER.size)
+        rows, scores, user, history = (arrays.pop(name) for name in ("rows", "scores", "user", "history"))
+        sent = {key: arrays.pop(key) for key in list(arrays) if key.startswith("candidate.")}
         # A worker doesn't care where a candidate came from.
-        candidates = Candidates(rows, scores, np.zeros(n, np.uint32), user)
-        return Shard(Person(history, fields), candidates, candidate_fields, now + remaining_us / 1e6)
+        candidates = Candidates(rows, scores, np.zeros(len(rows), np.uint32), user)
+        return Shard(Person(history, arrays), candidates, sent, now + remaining_us / 1e6)
 
 
-class _Cursor:
-    """Takes arrays off a payload, one after the other."""
-
-    def __init__(self, payload: bytes, offset: int) -> None:
-        self.payload, self.offset = payload, offset
-
-    def __call__(self, dtype: str, n: int) -> NDArray[Any]:
-        array = np.frombuffer(self.payload, dtype, n, self.offset)
-        self.offset += array.nbytes
-        return array
-
-    def field(self, spec: FieldSpec, n: int) -> NDArray[Any]:
-        size = n * int(np.prod(spec.shape))
-        return self(_wire_dtype(spec), size).reshape(n, *spec.shape)
+def write_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Named arrays: the length of the JSON that describes them, the JSON, then their little-endian bytes in turn."""
+    wire = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in arrays.items()}
+    described = orjson.dumps([(name, array.dtype.str, array.shape) for name, array in wire.items()])
+    return b"".join([ARRAYS_HEADER.pack(len(described)), described, *(array.tobytes() for array in wire.values())])
 
 
-def _wire_dtype(spec: FieldSpec) -> str:
-    return "<i8" if spec.dtype == "int64" else "<f4"
-
-
-def _raw(spec: FieldSpec, values: NDArray[Any]) -> bytes:
-    return values.astype(_wire_dtype(spec)).tobytes()
+def read_arrays(payload: bytes, offset: int = 0) -> dict[str, NDArray[Any]]:
+    """The arrays that were written, read-only, in the place where they lie in the payload."""
+    start = offset + ARRAYS_HEADER.size
+    at = start + ARRAYS_HEADER.unpack_from(payload, offset)[0]
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, dtype, shape in orjson.loads(payload[start:at]):
+        arrays[name] = np.frombuffer(payload, dtype, math.prod(shape), at).reshape(shape)
+        at += arrays[name].nbytes
+    return arrays

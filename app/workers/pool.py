@@ -1,207 +1,329 @@
-"""The parent's side of the workers: spawns them, hands out shards, brings back scores.
+"""The parent's side of the workers: spawns and watches them, hands out shards, brings back slices of scores.
 
-Workers pull: each holds one shard at a time and gets the next when it has answered, so a slow one gets less. A
-worker that dies is replaced and the shard it held fails; the funnel then carries that shard's candidates. The
-pool knows nothing of requests, stages or metrics: `observe` and `on_restart` tell whoever wants to know.
+Workers pull: each holds one shard at a time and gets the next when it has answered, so a slow one gets less. A shard
+that is late is sent once more to an idle worker, within a budget (control/hedging.py); the first to end wins, the
+other is stopped. What a dead worker held goes back to the head of the queue, from the first row that is missing.
+
+There are more processes than work at a time: spares are warm, and take over the moment one dies. A worker that
+doesn't answer is killed; one that dies again and again is started again ever later. The pool knows nothing of
+requests or stages. It is over 250 lines because both lives, a shard's and a worker's, meet here in every line.
 """
 
 import asyncio
+import itertools
 import logging
-import os
 import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 from app.bundle import Generation
+from app.control.costs import Cost
+from app.control.hedging import HedgeBudget, late_after
 from app.errors import ContractError, ServerError, StageFailed
-from app.flow import Scores
-from app.workers.messages import HEADER, Frame, Kind, ShardRecord, frame, generation_number, read_header, read_scores
-from app.workers.scoring import Shard
+from app.metrics import Metrics
+from app.workers import messages
+from app.workers.messages import Frame, Kind, Slice
+from app.workers.scoring import Deliver, Shard
 
-READY_S = 60.0  # to import, map tables and open the model; a 100 MB graph takes 2 s
-RESTART_PAUSE_S = 0.5  # between the death of a worker and its successor's start
+READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
+LOOK_S = 0.2  # between two looks at the workers
+SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
+STEADY_S = 10.0  # a worker that lived so long starts its next life with a clean record
+BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled for each early death, and the most
+ROUND_TRIP_S = 5e-4  # to a worker and back, with the rows of a shard made into inputs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    number: int
+    """A shard on its way.
+
+    done: rows from its head that are delivered. sent: what it was handed out as, so far: first, hedge, resend.
+    """
+
     shard: Shard
-    answer: "asyncio.Future[Scores]"
+    deliver: Deliver
+    answer: "asyncio.Future[None]"
+    done: int = 0
+    seconds: float = 0.0
+    sent: list[str] = field(default_factory=list)
+
+    @property
+    def n_left(self) -> int:
+        return len(self.shard.candidates) - self.done
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One child: `number` stays when it is replaced. Its task owns process and socket."""
+    """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
+
+    offset: the first row that it was given of its job. owes: what it must answer within so many looks.
+    """
 
     number: int
-    task: "asyncio.Task[None] | None" = None
-    process: "asyncio.subprocess.Process | None" = None
-    writer: asyncio.StreamWriter | None = None
-    job: _Job | None = None
+    state: str = "starting"
     is_ready: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def _ignore(outcome: str, seconds: float) -> None:
-    pass
+    process: asyncio.subprocess.Process = field(init=False)
+    writer: asyncio.StreamWriter = field(init=False)
+    job: _Job | None = None
+    run: int = 0
+    offset: int = 0
+    owes: dict[Kind, int] = field(default_factory=dict)
 
 
 class WorkerPool:
-    """W worker processes for one generation. Lifecycle: `await start()`, `submit(…)`, `await close()`."""
+    """W workers, and spares, for one generation. Lifecycle: `await start()`, `submit(…)`, `await close()`.
+
+    paced_row_s: what a row takes at least; a stand-in for an accelerator, see settings.py.
+    """
 
     def __init__(
-        self,
-        generation: Generation,
-        n_workers: int,
-        observe: Callable[[str, float], None] = _ignore,
-        on_restart: Callable[[], None] = lambda: None,
+        self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
     ) -> None:
-        self.generation = generation
-        self.own = generation_number(generation.digest)
-        self.record = ShardRecord(generation.manifest.features)
-        self.observe, self.on_restart = observe, on_restart
-        self.workers = [_Worker(i) for i in range(n_workers)]
+        self.generation, self.metrics, self.paced_row_s = generation, metrics, paced_row_s
+        self.own = messages.generation_number(generation.digest)
+        self.record = messages.ShardRecord(generation.manifest.features)
+        self.n_wanted = n_workers
+        self.workers = [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
-        self.n_jobs = 0
+        self.late: deque[_Job] = deque()  # shards to be hedged as soon as a worker is idle
+        self.runs = itertools.count(1)
+        self.backlog = 0  # rows that were submitted and are neither scored nor given up
+        self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
+        self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
+        self.tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def ready(self) -> list[_Worker]:
+        return [w for w in self.workers if w.is_ready.is_set()]
 
     @property
     def n_workers(self) -> int:
-        return len(self.workers)
-
-    @property
-    def n_alive(self) -> int:
-        return sum(w.is_ready.is_set() for w in self.workers)
+        return min(self.n_wanted, len(self.ready))
 
     def pids(self) -> dict[int, int]:
         """Process ids of the living workers, by worker number."""
-        return {w.number: w.process.pid for w in self.workers if w.process and w.is_ready.is_set()}
+        return {w.number: w.process.pid for w in self.ready}
+
+    def count(self, state: str) -> int:
+        """How many workers are alive, starting, or backing_off (waiting to be started again)."""
+        return sum(w.state == state for w in self.workers)
+
+    def fits(self, budget_s: float) -> int:
+        """Rows that all workers together are expected to score in so many seconds, after those that wait already."""
+        return max(0, self.cost.fits(budget_s) * self.n_workers - self.backlog)
+
+    def seconds(self, n: int) -> float:
+        return self.cost.seconds(n / max(self.n_workers, 1))
 
     async def start(self) -> None:
-        """Spawn all workers and wait until each is warm. Raises ServerError if one can't start."""
-        for worker in self.workers:
-            worker.task = asyncio.create_task(self._keep_alive(worker), name=f"worker {worker.number}")
-        ready = asyncio.gather(*(w.is_ready.wait() for w in self.workers))
+        """Spawn all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
+        self.tasks = [asyncio.create_task(life) for life in (self._watch(), *map(self._keep_alive, self.workers))]
         try:
-            await asyncio.wait_for(ready, READY_S)
-        except TimeoutError as e:
-            await self.close()
-            raise ServerError(f"workers were not ready within {READY_S:g} s") from e
-        except asyncio.CancelledError:
+            await self.started
+        except BaseException:
             await self.close()
             raise
 
-    def submit(self, shard: Shard) -> "asyncio.Future[Scores]":
-        """The shard's scores, f32[n], to come. Cancel the future when nobody waits any more."""
-        self.n_jobs += 1
-        job = _Job(self.n_jobs, shard, asyncio.get_running_loop().create_future())
+    def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
+        """See ShardScorer."""
+        job = _Job(shard, deliver, asyncio.get_running_loop().create_future())
+        self.backlog += job.n_left
+        job.answer.add_done_callback(lambda _: self._ended(job))
         self.queue.append(job)
         self._hand_out()
         return job.answer
 
     async def close(self) -> None:
         """End the workers: their sockets close, and who doesn't go is killed."""
-        tasks = [w.task for w in self.workers if w.task]
-        for task in tasks:
+        for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         while self.queue:
-            self._fail(self.queue.popleft(), StageFailed("shard: the pool was closed"), "failed")
+            self._fail(self.queue.popleft(), StageFailed("shard: the pool was closed"))
 
-    # ----------------------------------------------------------------------------------- hand out
+    # --------------------------------------------------------------------------- one shard's life
 
     def _hand_out(self) -> None:
-        """Give waiting shards to idle workers, oldest first; what nobody waits for is dropped."""
-        now = time.monotonic()
-        idle = [w for w in self.workers if w.is_ready.is_set() and w.job is None]
-        while self.queue and (idle or self.queue[0].answer.done()):  # who gave up leaves the queue
+        """Give waiting shards to idle workers, oldest first, then late ones, which are running, a second time."""
+        now, idle = time.monotonic(), [w for w in self.ready[: self.n_wanted] if w.job is None]
+        while self.queue and idle:
             job = self.queue.popleft()
-            if job.answer.done():
-                self.observe("expired", 0.0)
-            elif job.shard.until <= now:
+            if job.shard.until <= now:
                 self._fail(job, StageFailed("shard: expired before a worker was free"), "expired")
-            else:
-                self._send(idle.pop(), job, job.shard.until - now)
+            elif not job.answer.done():
+                self._send(idle.pop(0), job, "resend" if job.sent else "first")
+        while self.late and idle:
+            job = self.late.popleft()
+            if not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
+                self._send(idle.pop(0), job, "hedge")
 
-    def _send(self, worker: _Worker, job: _Job, remaining_s: float) -> None:
-        assert worker.writer is not None  # it is ready  # noqa: S101
-        payload = self.record.write(job.shard, remaining_s)
-        worker.job = job
-        worker.writer.write(frame(Kind.SHARD, self.own, job.number, payload))
+    def _send(self, worker: _Worker, job: _Job, work: str) -> None:
+        worker.job, worker.run, worker.offset = job, next(self.runs), job.done
+        job.sent.append(work)
+        self.metrics.rows(work, job.n_left)
+        if work == "first":
+            self.hedges.earn(job.n_left)
+        rest = job.shard.part(job.done) if job.done else job.shard
+        payload = self.record.write(rest, job.shard.until - time.monotonic())
+        worker.writer.write(messages.frame(Kind.SHARD, self.own, worker.run, payload))
+        after_s = late_after(self.cost.seconds(job.n_left))
+        asyncio.get_running_loop().call_later(after_s, self._is_late, worker, worker.run)
 
-    def _fail(self, job: _Job, why: Exception, outcome: str) -> None:
-        self.observe(outcome, 0.0)
+    def _who_has(self, job: _Job) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.job is job]
+
+    def _is_late(self, worker: _Worker, run: int) -> None:
+        if worker.job and worker.run == run:
+            self.late.append(worker.job)
+            self._hand_out()
+
+    def _deliver(self, worker: _Worker, job: _Job, got: Slice) -> bool:
+        """Deliver what is new in a slice, for another worker may have been faster. Returns whether it is the last."""
+        self.cost.observe(len(got.scores), got.seconds + ROUND_TRIP_S)
+        n_new = worker.offset + got.start + len(got.scores) - job.done
+        if n_new > 0 and not job.answer.done():
+            job.deliver(job.done, got.scores[-n_new:])
+            job.done += n_new
+            job.seconds += got.seconds
+            self.backlog -= n_new
+            if not job.n_left:
+                self.metrics.shard("ok", job.seconds)
+                job.answer.set_result(None)
+        return got.is_last
+
+    def _fail(self, job: _Job, why: Exception, outcome: str = "failed") -> None:
         if not job.answer.done():
+            self.metrics.shard(outcome, job.seconds)
             job.answer.set_exception(why)
 
-    # -------------------------------------------------------------------------------- one worker's life
+    def _ended(self, job: _Job) -> None:
+        """The shard is scored, failed or given up: whoever still works on it stops."""
+        self.backlog -= job.n_left
+        if job.answer.cancelled():
+            self.metrics.shard("late" if job.sent else "expired", job.seconds)
+        for worker in self._who_has(job):
+            self._ask(worker, Kind.STOP)
+
+    # -------------------------------------------------------------------------- one worker's life
 
     async def _keep_alive(self, worker: _Worker) -> None:
+        """One life after the other, without end."""
+        n_early_deaths = 0
         while True:
+            born = time.monotonic()
             try:
                 await self._live(worker)
             except Exception as e:  # whatever it was, the worker must come back
-                log.warning("worker %d ended: %s", worker.number, e or type(e).__name__)
-            self.on_restart()
-            await asyncio.sleep(RESTART_PAUSE_S)
-
-    def _give_up(self, worker: _Worker) -> None:
-        """No more shards for it; what it held fails. Before anything is awaited: its socket is closing."""
-        worker.is_ready.clear()
-        if worker.job:
-            self._fail(worker.job, StageFailed("shard: its worker died"), "lost")
-            worker.job = None
+                why = str(e) or type(e).__name__
+                log.warning("worker %d ended: %s", worker.number, why)
+                if worker.state == "starting" and not self.started.done():
+                    self.started.set_exception(ServerError(f"a worker can't start: {why}"))
+            self.metrics.restart()
+            n_early_deaths = 0 if time.monotonic() - born > STEADY_S else n_early_deaths + 1
+            worker.state = "backing_off"
+            await asyncio.sleep(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(n_early_deaths - 1, 20)))
 
     async def _live(self, worker: _Worker) -> None:
         """Spawn the process, then read its answers until the stream ends."""
-        ours, theirs = socket.socketpair()
-        try:
-            worker.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "app.workers.worker"),
-                *(str(theirs.fileno()), str(self.generation.path), self.generation.digest),
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for the parent
-            )
-        finally:
-            theirs.close()
-        reader, worker.writer = await asyncio.open_unix_connection(sock=ours)
-        try:
+        worker.state = "starting"
+        async with AsyncExitStack() as last:  # what is done in the end, in the reverse order
+            ours, theirs = socket.socketpair()
+            last.callback(ours.close)
+            with theirs:
+                is_urgent = "no" if self.ready else "yes"
+                given = (theirs.fileno(), self.generation.path, self.generation.digest, self.paced_row_s, is_urgent)
+                command = (sys.executable, "-m", "app.workers", *map(str, given))
+                worker.process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
+            last.push_async_callback(_wait_for_end, worker.process)
+            worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
+            reader, worker.writer = await asyncio.open_unix_connection(sock=ours)
+            last.callback(worker.writer.close)
+            last.callback(self._give_up, worker)
+            answer, payload = await _read(reader)
+            if answer.kind is not Kind.READY:
+                raise ServerError(payload.decode(errors="replace"))
+            worker.state, worker.owes = "alive", {}
+            worker.is_ready.set()
+            if not self.started.done():
+                self.cost = Cost(ROUND_TRIP_S, max(messages.read_slice(payload).seconds, self.paced_row_s))
+                if len(self.ready) == len(self.workers):
+                    self.started.set_result(None)
+            self._hand_out()
             while True:
-                answer = read_header(await reader.readexactly(HEADER.size))
-                self._receive(worker, answer, await reader.readexactly(answer.length))
-        finally:
-            self._give_up(worker)
-            await self._end(worker)
+                self._receive(worker, *await _read(reader))
 
     def _receive(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
-        if answer.kind is Kind.READY:
-            worker.is_ready.set()
-        job, worker.job = worker.job, None
-        if job and answer.job != job.number:
-            raise ValueError(f"answered job {answer.job}, was given {job.number}")
-        if job and answer.kind is Kind.SCORES:
-            seconds, scores = read_scores(payload)
-            self.observe("late" if job.answer.done() else "ok", seconds)
-            if not job.answer.done():
-                job.answer.set_result(scores)
-        elif job and answer.kind is Kind.BROKEN:
-            self._fail(job, ContractError(f"in a worker: {payload.decode(errors='replace')}"), "failed")
-        elif job:
-            self._fail(job, StageFailed(f"shard: {payload.decode(errors='replace')}"), "failed")
+        """Raises ValueError for an answer to what wasn't asked."""
+        if answer.kind is Kind.PONG:
+            worker.owes.pop(Kind.PING, None)
+            return
+        if worker.job is None or answer.job != worker.run:
+            raise ValueError(f"answered run {answer.job}, was given {worker.run}")
+        if answer.kind is Kind.SCORES:
+            if not self._deliver(worker, worker.job, messages.read_slice(payload)):
+                return
+        elif answer.kind is Kind.BROKEN:
+            self._fail(worker.job, ContractError(f"in a worker: {payload.decode(errors='replace')}"))
+        elif self._who_has(worker.job) == [worker]:  # else another still works on it
+            self._fail(worker.job, StageFailed(f"shard: {payload.decode(errors='replace')}"))
+        self._release(worker)
+
+    def _release(self, worker: _Worker) -> None:
+        """It works on nothing any more."""
+        worker.job = None
+        worker.owes.pop(Kind.STOP, None)
         self._hand_out()
 
-    async def _end(self, worker: _Worker) -> None:
-        if worker.writer:
-            worker.writer.close()
-        if not worker.process:
-            return
-        try:
-            await asyncio.wait_for(worker.process.wait(), CLOSE_S)
-        except TimeoutError:
-            worker.process.kill()
-            await worker.process.wait()
+    def _give_up(self, worker: _Worker) -> None:
+        """No more shards for it; what it held goes to another. Before anything is awaited: its socket is closing."""
+        worker.is_ready.clear()
+        worker.owes.clear()
+        job = worker.job
+        if job and self._who_has(job) == [worker] and not job.answer.done():
+            self.metrics.shard("lost", 0.0)
+            self.queue.appendleft(job)
+        self._release(worker)
+
+    def _ask(self, worker: _Worker, kind: Kind) -> None:
+        """A ping, or to stop its run; not again while it owes the answer."""
+        if kind not in worker.owes:
+            worker.owes[kind] = SILENT
+            worker.writer.write(messages.frame(kind, self.own, worker.run))
+
+    async def _watch(self) -> None:
+        """Ping the workers; kill those that don't answer, don't stop when told to, or don't get ready.
+
+        Looks are counted and not seconds: while this process itself is held up, silence means nothing.
+        """
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for worker in self.workers:
+                worker.owes = {kind: n_looks - 1 for kind, n_looks in worker.owes.items()}
+                if 0 in worker.owes.values() and worker.process.returncode is None:
+                    log.warning("worker %d does not answer: killed", worker.number)
+                    worker.process.kill()
+                if worker.is_ready.is_set():
+                    self._ask(worker, Kind.PING)
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[Frame, bytes]:
+    """The next answer: its header and its payload."""
+    answer = messages.read_header(await reader.readexactly(messages.HEADER.size))
+    return answer, await reader.readexactly(answer.length)
+
+
+async def _wait_for_end(process: asyncio.subprocess.Process) -> None:
+    """Returns when the process has ended: by itself, since its socket is closed, or else killed."""
+    try:
+        with suppress(TimeoutError):  # or it would take the place of a cancellation
+            await asyncio.wait_for(process.wait(), CLOSE_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

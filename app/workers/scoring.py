@@ -1,11 +1,12 @@
 """Scoring one shard: the seam between re-ranking and whatever runs the model.
 
-A shard and the time left go in, scores come out. Two engines stand behind it: worker processes (pool.py) and
-the process itself (`InProcess`: packing, evaluation, golden requests). Another could take their place.
+A shard and the time left go in, slices of scores come out, best candidates first. Two engines stand behind it:
+worker processes (pool.py) and the process itself (`InProcess`: packing, evaluation, golden requests). Another
+could take their place.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,18 +16,26 @@ from numpy.typing import NDArray
 
 from app.bundle import run_model
 from app.errors import StageFailed
-from app.features import Inputs, ModelInput, Tables, re_ranker_inputs
+from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Candidates, Person, Scores
+
+Deliver = Callable[[int, Scores], None]  # the first row of a slice in its shard, and the slice's scores
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A part of one request's candidates. until: the instant after which nobody wants its scores."""
+    """A part of one request's candidates, best first. until: the instant after which nobody wants its scores."""
 
     person: Person
     candidates: Candidates
     candidate_fields: Mapping[str, NDArray[Any]]
     until: float
+
+    def part(self, start: int, stop: int | None = None) -> "Shard":
+        """The rows from `start` up to `stop`."""
+        rows = np.arange(len(self.candidates))[start:stop]
+        fields = {name: values[start:stop] for name, values in self.candidate_fields.items()}
+        return Shard(self.person, self.candidates.take(rows), fields, self.until)
 
 
 class ShardScorer(Protocol):
@@ -34,19 +43,41 @@ class ShardScorer(Protocol):
 
     @property
     def n_workers(self) -> int:
-        """How many shards it can score at once."""
+        """How many shards it can score at once, now; may be 0."""
 
-    def submit(self, shard: Shard) -> "asyncio.Future[Scores]":
-        """The shard's scores, f32[n], to come, or StageFailed. Cancel what isn't wanted any more."""
+    def fits(self, budget_s: float) -> int:
+        """How many rows, over all workers, are expected to be scored in so many seconds."""
+
+    def seconds(self, n: int) -> float:
+        """What n rows are expected to take, over all workers, when nothing else is scored."""
+
+    def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
+        """Slices go to `deliver` as they come; the future ends with the shard, or in StageFailed.
+
+        Cancel it when nobody waits any more: what runs is stopped, and nothing is delivered afterwards.
+        """
 
 
-def score(session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables, shard: Shard) -> Scores:
-    """The re-ranker's scores of these candidates, f32[n], in their order. Raises StageFailed."""
-    given = Inputs(tables, shard.person, shard.candidates, shard.candidate_fields)
-    scores = np.asarray(run_model(session, re_ranker_inputs(inputs, given)), np.float32)
-    if scores.size != len(shard.candidates):
-        raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")
-    return scores.reshape(-1)
+class ShardModel:
+    """The re-ranker with what it reads."""
+
+    def __init__(self, session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
+        self.session, self.inputs, self.tables = session, inputs, tables
+
+    def request_inputs(self, person: Person) -> dict[str, NDArray[Any]]:
+        """What the model gets once a request, to be handed to `score` with each of its slices."""
+        return request_inputs(self.inputs, self.tables, person)
+
+    def score(
+        self, shard: Shard, request: Mapping[str, NDArray[Any]] | None = None, options: ort.RunOptions | None = None
+    ) -> Scores:
+        """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
+        given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
+        request = self.request_inputs(shard.person) if request is None else request
+        scores = run_model(self.session, {**request, **item_inputs(self.inputs, given)}, options)
+        if scores.size != len(shard.candidates):
+            raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")
+        return np.asarray(scores, np.float32).reshape(-1)
 
 
 class InProcess:
@@ -54,13 +85,20 @@ class InProcess:
 
     n_workers = 1
 
-    def __init__(self, session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
-        self.session, self.inputs, self.tables = session, inputs, tables
+    def __init__(self, model: ShardModel) -> None:
+        self.model = model
 
-    def submit(self, shard: Shard) -> "asyncio.Future[Scores]":
-        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+    def fits(self, budget_s: float) -> int:
+        return 1 << 30  # who asks here has time
+
+    def seconds(self, n: int) -> float:
+        return 0.0
+
+    def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            answer.set_result(score(self.session, self.inputs, self.tables, shard))
+            deliver(0, self.model.score(shard))
+            answer.set_result(None)
         except StageFailed as e:
             answer.set_exception(e)
         return answer

@@ -1,91 +1,146 @@
 """The child: scores one shard after the other until its socket closes.
 
-    python -m app.workers.worker SOCKET_FD BUNDLE DIGEST
-
-One thread, one core. It maps the item tables, opens the re-ranker, warms it, says READY and then answers each
-SHARD with SCORES, FAILED or BROKEN. A shard that has expired is not scored. It exits when the parent closes the
-socket or dies.
+The main thread scores, in slices, best candidates first; each is sent as soon as it is there, and one that has
+expired is not started. A second thread reads the socket meanwhile: it answers PING, and STOP ends the run that is
+under way (`RunOptions.terminate`). Its process (`__main__.py`) ends when the parent closes the socket or dies.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, faiss and onnxruntime are imported
-
 import contextlib
+import queue
 import socket
-import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from app.bundle import RerankerParts, load_re_ranker
-from app.errors import StageFailed
+from app.errors import ServerError, StageFailed
 from app.flow import Candidates, Person
-from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, write_scores
-from app.workers.scoring import Shard, score
+from app.workers import messages
+from app.workers.messages import Frame, Kind, Slice
+from app.workers.scoring import Shard, ShardModel
 
 WARM_UP = (1, 16, 64)  # rows: the runtime plans its memory by shape
+SLICE_S = 2e-3  # what a slice should take: a stop or the deadline costs about so much
+LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
 
-def serve(connection: socket.socket, parts: RerankerParts) -> None:
-    """Answer shards until the other end closes."""
-    record, own = ShardRecord(parts.features), generation_number(parts.digest)
-    warm_up(parts)
-    connection.sendall(frame(Kind.READY, own, 0))
-    while header := read_exactly(connection, HEADER.size):
-        asked = read_header(header)
-        payload = read_exactly(connection, asked.length)
-        if asked.generation != own:
-            answer = frame(Kind.FAILED, own, asked.job, b"another generation than this worker's")
-        else:
-            answer = _answer(parts, record, asked.job, payload)
-        connection.sendall(answer)
+class Run:
+    """One shard under way; `stop` may be called from another thread."""
+
+    def __init__(self, asked: Frame, payload: bytes) -> None:
+        self.asked, self.payload = asked, payload
+        self.options, self.is_stopped = ort.RunOptions(), threading.Event()
+
+    def stop(self) -> None:
+        self.is_stopped.set()
+        self.options.terminate = True
 
 
-def _answer(parts: RerankerParts, record: ShardRecord, job: int, payload: bytes) -> bytes:
-    own, started = generation_number(parts.digest), time.monotonic()
+def prepare(fd: int, bundle: str, digest: str, paced_row_s: float) -> "Worker":
+    """The worker on this socket, warm. What keeps it from working is told to the parent, then raised."""
+    connection = socket.socket(fileno=fd)
     try:
-        shard = record.read(payload, started)
-        if shard.until <= started:
-            return frame(Kind.FAILED, own, job, b"expired before it was started")
-        scores = score(parts.session, parts.features.re_ranker, parts.tables, shard)
-    except StageFailed as e:
-        return frame(Kind.FAILED, own, job, str(e).encode())
-    except Exception:  # a defect must reach the request's log, and must not cost the worker
-        return frame(Kind.BROKEN, own, job, traceback.format_exc().encode())
-    return frame(Kind.SCORES, own, job, write_scores(time.monotonic() - started, scores))
+        worker = Worker(connection, load_re_ranker(Path(bundle), digest), paced_row_s)
+        worker.warm_up()
+    except ServerError as e:
+        with connection:
+            connection.sendall(messages.frame(Kind.FAILED, messages.generation_number(digest), 0, str(e).encode()))
+        raise
+    return worker
 
 
-def warm_up(parts: RerankerParts) -> None:
-    """Run the model at a few widths, on the first items and a person nothing is known of."""
-    n_items, d = parts.tables["embedding"].shape
-    specs = parts.features.fields.items()
-    person = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in specs})
-    for n in WARM_UP:
-        rows = np.arange(min(n, n_items))
-        zeros = np.zeros(len(rows), np.float32)
-        candidates = Candidates(rows, zeros, zeros.astype(np.uint32), np.zeros(d, np.float32))
-        score(parts.session, parts.features.re_ranker, parts.tables, Shard(person, candidates, {}, 0.0))
+class Worker:
+    """Scores what comes over a socket. paced_row_s: how long a row takes at least (settings.py says what for)."""
+
+    def __init__(self, connection: socket.socket, parts: RerankerParts, paced_row_s: float = 0.0) -> None:
+        self.connection, self.parts, self.paced_row_s = connection, parts, paced_row_s
+        self.own = messages.generation_number(parts.digest)
+        self.record = messages.ShardRecord(parts.features)
+        self.model = ShardModel(parts.session, parts.features.re_ranker, parts.tables)
+        self.row_s = 0.0  # of the last slices
+        self.inbox: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self.sending = threading.Lock()
+
+    def serve(self) -> None:
+        """Answer shards until the other end closes."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        with contextlib.suppress(ConnectionError):  # a parent that is gone is no fault of ours
+            self._send(Kind.READY, 0, messages.write_slice(Slice(self.row_s, 0, np.empty(0, np.float32), is_last=True)))
+            for run in iter(self.inbox.get, None):
+                self._answer(run)
+
+    def warm_up(self) -> None:
+        """Run the model at a few widths, on the first items and a person nothing is known of."""
+        n_items, d = self.parts.tables["embedding"].shape
+        fields = self.parts.features.fields.items()
+        person = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in fields})
+        for n in WARM_UP:
+            rows, started = np.arange(min(n, n_items)), time.monotonic()
+            zeros = np.zeros(len(rows), np.float32)
+            candidates = Candidates(rows, zeros, zeros.astype(np.uint32), np.zeros(d, np.float32))
+            self.model.score(Shard(person, candidates, {}, 0.0))
+            self.row_s = (time.monotonic() - started) / len(rows)
+
+    # ------------------------------------------------------------------------------------- one shard
+
+    def _answer(self, run: Run) -> None:
+        job, started = run.asked.job, time.monotonic()
+        try:
+            if run.asked.generation != self.own:
+                raise StageFailed("another generation than this worker's")
+            self._score(run, self.record.read(run.payload, started), started)
+        except StageFailed as e:
+            self._send(Kind.FAILED, job, b"stopped" if run.is_stopped.is_set() else str(e).encode())
+        except ConnectionError:
+            raise
+        except Exception:  # a defect must reach the request's log, and must not cost the worker
+            self._send(Kind.BROKEN, job, traceback.format_exc().encode())
+
+    def _score(self, run: Run, shard: Shard, started: float) -> None:
+        """Slice after slice. Raises StageFailed where the shard expires, is stopped or fails."""
+        request, n, start, now = self.model.request_inputs(shard.person), len(shard.candidates), 0, started
+        while start < n:
+            stop = min(n, start + slice_rows(self.row_s))
+            if shard.until <= now or run.is_stopped.is_set():
+                raise StageFailed("expired before it was done")
+            part = shard if stop - start == n else shard.part(start, stop)
+            scores = self.model.score(part, request, run.options)
+            if self.paced_row_s:
+                run.is_stopped.wait(max(0.0, started + stop * self.paced_row_s - time.monotonic()))
+            sliced_at, now = now, time.monotonic()
+            self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
+            scored = Slice(now - sliced_at, start, scores, stop == n)
+            self._send(Kind.SCORES, run.asked.job, messages.write_slice(scored))
+            start = stop
+
+    # ------------------------------------------------------------------------------------- the socket
+
+    def _listen(self) -> None:
+        run: Run | None = None
+        with contextlib.suppress(OSError), self.connection.makefile("rb") as stream:
+            while len(header := stream.read(messages.HEADER.size)) == messages.HEADER.size:
+                asked = messages.read_header(header)
+                payload = stream.read(asked.length)
+                if asked.kind is Kind.SHARD:
+                    run = Run(asked, payload)
+                    self.inbox.put(run)
+                elif asked.kind is Kind.PING:
+                    self._send(Kind.PONG, asked.job)
+                elif run and run.asked.job == asked.job:
+                    run.stop()
+        if run:
+            run.stop()
+        self.inbox.put(None)
+
+    def _send(self, kind: Kind, job: int, payload: bytes = b"") -> None:
+        with self.sending:
+            self.connection.sendall(messages.frame(kind, self.own, job, payload))
 
 
-def read_exactly(connection: socket.socket, n: int) -> bytes:
-    """n bytes, or none at the end of the stream."""
-    received = bytearray()
-    while len(received) < n:
-        part = connection.recv(n - len(received))
-        if not part:
-            return b""
-        received += part
-    return bytes(received)
-
-
-def main(fd: str, bundle: str, digest: str) -> None:
-    # A parent that is gone is no fault of ours.
-    with socket.socket(fileno=int(fd)) as connection, contextlib.suppress(ConnectionError):
-        serve(connection, load_re_ranker(Path(bundle), digest))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def slice_rows(row_s: float) -> int:
+    """How many rows make a slice when a row takes so many seconds."""
+    return max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))

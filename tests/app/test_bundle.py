@@ -17,9 +17,9 @@ from onnx.external_data_helper import set_external_data
 
 from app.__main__ import main
 from app.bundle import NO_ROW, Ids, load
-from app.errors import BundleError
+from app.errors import BundleError, ContractError
 from app.manifest import MANIFEST_BYTES, Knots
-from app.warmup import prove
+from app.warmup import offline_query, prove
 from tests import world
 from tests.seal import reseal
 
@@ -183,9 +183,7 @@ def test_a_manifest_too_large_to_be_one_is_refused_unread(copy):
         ("hashlib.file_digest", "index.faiss"),
     ],
 )
-@pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")]
-)
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")])
 def test_what_the_system_can_not_read_is_refused_by_name(copy, monkeypatch, call, name, error):
     monkeypatch.setattr(call, Mock(side_effect=error))
     with pytest.raises(BundleError) as caught:
@@ -251,10 +249,15 @@ def test_a_manifest_that_is_no_json_object_is_refused(copy, text):
         ("features.re_ranker.0", lambda m: m["features"]["re_ranker"][0].update(source="nowhere")),
         ("features.re_ranker.4.shape.0", lambda m: m["features"]["re_ranker"][4].update(shape=[0])),
         ("features.re_ranker.4.default", lambda m: m["features"]["re_ranker"][4].update(default=np.inf)),
+        ("features.re_ranker.4.shape.0", lambda m: m["features"]["re_ranker"][4].update(shape=[10**13])),
         (
-            "features: Value error, 66 fields",
-            lambda m: m["features"].update(pre_ranker=["candidate.bid"] + [f"candidate.x{i}" for i in range(65)]),
+            "features.re_ranker.4: Value error, `shape`",
+            lambda m: m["features"]["re_ranker"][4].update(shape=[4_096, 2]),
         ),
+        ("retrievers.0.overfetch", lambda m: m["retrievers"][0].update(overfetch=1e308)),
+        ("retrievers.0.search.efSearch", lambda m: m["retrievers"][0].update(kind="hnsw", search={"efSearch": 2**40})),
+        ("retrievers.0.search.nprobe", lambda m: m["retrievers"][0].update(kind="ivf_pq", search={"nprobe": 2**70})),
+        ("retrievers.0.search.nprobe", lambda m: m["retrievers"][0].update(kind="ivf_pq", search={"nprobe": 0})),
         ("files", lambda m: m.update(files={"items/ids.npy": {"sha256": "x", "size": 1}})),
         ("name", lambda m: m.pop("name")),
     ],
@@ -280,6 +283,14 @@ def flat(rows: int, d: int, kind=faiss.IndexFlatIP):
         index = kind(d)
         index.add(np.ones((rows, d), np.float32))
         faiss.write_index(index, str(bundle / "index.faiss"))
+
+    return spoil
+
+
+def archive(name: str):
+    def spoil(bundle: Path) -> None:
+        with (bundle / name).open("wb") as file:
+            np.savez(file, rows=ROWS)
 
     return spoil
 
@@ -368,6 +379,9 @@ ROWS = np.arange(world.N)
         ("index.faiss", flat(world.N, world.D, faiss.IndexFlatL2)),
         ("index.faiss", text("index.faiss", b"not an index")),
         ("popular.npy", text("popular.npy", b"not an array")),
+        ("popular.npy: not an array", archive("popular.npy")),
+        ("ids.npy: not an array", archive("items/ids.npy")),
+        ("title.npy: not an array", archive("items/title.npy")),
         ("pre_ranker.npz", text("pre_ranker.npz", b"not an archive")),
         ("pre_ranker.npz", save("pre_ranker.npz", np.zeros(3))),
         ("pre_ranker.npz", weights(bias=None)),
@@ -377,6 +391,8 @@ ROWS = np.arange(world.N)
         ("pre_ranker.npz", weights(bias=np.zeros(2, np.float32))),
         ("pre_ranker.npz", weights(names=np.array(["retrieval_score", "history_log_count", "item.year"]))),
         ("vocab/genres.json", text("vocab/genres.json", b'{"drama": "zero"}')),
+        ("vocab/genres.json", text("vocab/genres.json", b'{"drama": 1%s}' % (b"0" * 400))),
+        ("vocab/user.occupation.json", text("vocab/user.occupation.json", b'{"artist": %d}' % -(2**53 + 1))),
         ("re_ranker.onnx", text("re_ranker.onnx", b"not a graph")),
         ("user_tower.onnx", text("user_tower.onnx", b"")),
         ("re_ranker.onnx: input surprise is not bound", one_more_input),
@@ -410,6 +426,46 @@ def test_weights_outside_the_graph_are_refused_though_they_lie_where_the_service
     (copy / "re_ranker.onnx").write_bytes(graph.SerializeToString())
     reseal(copy)
     assert refusal(copy).startswith("re_ranker.onnx: not a graph that onnxruntime opens")
+
+
+def inverted_file(bundle: Path, lists: Path | None = None) -> None:
+    """Make the index an IVF of two lists, in its own file or mapped from another."""
+    quantizer = faiss.IndexFlatIP(world.D)
+    index = faiss.IndexIVFScalarQuantizer(
+        quantizer, world.D, 2, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    index.train(world.EMBEDDING)
+    index.add(world.EMBEDDING)
+    if lists:
+        on_disk = faiss.OnDiskInvertedLists(2, index.code_size, str(lists))
+        on_disk.merge_from(index.invlists, 0)
+        index.replace_invlists(on_disk)
+    faiss.write_index(index, str(bundle / "index.faiss"))
+    reseal(bundle, lambda m: m["retrievers"][0].update(kind="ivf_sq8", search={"nprobe": 2}))
+
+
+async def test_inverted_lists_in_the_file_itself_are_served(copy):
+    inverted_file(copy)
+    await prove(load(copy))
+
+
+def test_inverted_lists_that_the_index_maps_from_outside_are_refused_unopened(copy, tmp_path):
+    inverted_file(copy, tmp_path / "outside.ivf")
+    assert refusal(copy).startswith("index.faiss: not an index that FAISS opens")
+    assert "outside.ivf" not in Path("/proc/self/maps").read_text()
+
+
+def test_inverted_lists_that_the_index_maps_are_refused_though_they_lie_beside_it(copy):
+    inverted_file(copy, copy / "lists.ivf")
+    assert refusal(copy).startswith("index.faiss: its inverted lists are not in the file itself")
+
+
+@pytest.mark.parametrize("number", [-(2**53), 2**53])
+def test_the_largest_category_numbers_can_be_asked_for(copy, number):
+    (copy / "vocab/user.occupation.json").write_text(json.dumps({"artist": number}))
+    reseal(copy)
+    query = offline_query({"user": {"features": {"occupation": "artist"}}}, load(copy))
+    assert query.person.fields["user.occupation"].tolist() == [[number]]
 
 
 def test_pickles_are_refused(copy):
@@ -524,6 +580,7 @@ async def unproven(bundle: Path) -> str:
         lambda golden: golden["scores"].pop(),
         lambda golden: golden["request"].update(filters=[{"field": "colour", "eq": 1}]),
         lambda golden: golden["request"].update(k="many"),
+        lambda golden: golden["request"].update(user={"id": 2**70}),
     ],
 )
 async def test_a_golden_request_that_does_not_reproduce_is_refused(copy, change):
@@ -547,6 +604,23 @@ async def test_a_model_that_fails_on_a_golden_request_is_refused(copy):
     onnx.save(graph, copy / "re_ranker.onnx")
     reseal(copy)
     assert "reranking (failed)" in await unproven(copy)
+
+
+@pytest.mark.parametrize("fault", [OverflowError, AttributeError, IndexError, MemoryError, TypeError, ValueError])
+@pytest.mark.parametrize("call", ["app.bundle.check_shapes", "app.warmup.rank_offline"])
+def test_what_no_check_foresaw_is_refused_in_one_sentence(bundle, monkeypatch, capsys, call, fault):
+    monkeypatch.setattr(call, Mock(side_effect=fault))
+    assert main(["check", str(bundle)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("refused: manifest.json: ")
+    assert line.endswith(f"({fault.__name__})")
+
+
+@pytest.mark.parametrize("call", ["app.bundle.check_shapes", "app.warmup.rank_offline"])
+def test_a_broken_contract_is_not_blamed_on_the_bundle(bundle, monkeypatch, call):
+    monkeypatch.setattr(call, Mock(side_effect=ContractError("a stage lost candidates")))
+    with pytest.raises(ContractError):
+        main(["check", str(bundle)])
 
 
 def test_check_exits_with_2_and_one_sentence(copy, capsys):

@@ -10,6 +10,7 @@ import pytest_asyncio
 from app.control.deadline import Deadline
 from app.flow import Query, Scored, Stage
 from app.funnel import Funnel, offline_funnel
+from app.metrics import Metrics
 from app.stages.reranking import Reranking
 from app.warmup import offline_query
 from app.workers.pool import WorkerPool
@@ -40,7 +41,7 @@ class Scorer:
     async def score(self, rows) -> tuple[object, Scored]:
         """What it was given, and what it made of it."""
         scope = self.funnel.open_scope(self.query, Deadline(time.monotonic(), 600.0))
-        scope.rerank_width = world.N
+        scope.width = len(rows)
         found = self.funnel.retrieval.search(self.query, world.N)
         order = np.argsort(found.rows)
         given = found.take(order[np.asarray(rows, np.int64)])
@@ -51,7 +52,7 @@ class Scorer:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool(generation):
-    pool = WorkerPool(generation, 2)
+    pool = WorkerPool(generation, 2, Metrics(1.0))
     await pool.start()
     yield pool
     await pool.close()

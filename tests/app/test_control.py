@@ -3,7 +3,7 @@
 import pytest
 
 from app.control.deadline import Deadline
-from app.control.degradation import REASONS, SUBSTITUTES, USER_LATE, degradation
+from app.control.degradation import BY_LOAD, BY_TIME, REASONS, SUBSTITUTES, USER_LATE, degradation, narrowed
 from app.flow import Degradation, Outcome, Stage
 
 
@@ -37,15 +37,36 @@ def test_a_reserve_does_not_shorten_a_budget_that_ends_before_it():
 
 @pytest.mark.parametrize(
     ("stage", "substitute"),
-    [
-        (Stage.RETRIEVAL, "popular items"),
-        (Stage.PRERANKING, "retrieval scores"),
-        (Stage.RERANKING, "pre-rank scores"),
-    ],
+    [(Stage.RETRIEVAL, "popular items"), (Stage.PRERANKING, "retrieval scores"), (Stage.RERANKING, "pre-rank scores")],
 )
 @pytest.mark.parametrize("outcome", [Outcome.LATE, Outcome.FAILED, Outcome.PARTIAL])
 def test_each_departure_says_stage_reason_and_substitute(stage, substitute, outcome):
+    if (stage, outcome) == (Stage.RETRIEVAL, Outcome.PARTIAL):
+        substitute = "fewer candidates"
     assert degradation(stage, outcome) == Degradation(stage, outcome.value, substitute)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "quality", "fits", "least", "expected"),
+    [
+        (500, 1.0, 10_000, 0, (500, None)),
+        (500, 0.5, 10_000, 0, (500 * 0.5, BY_LOAD)),
+        (500, 1.0, 120, 0, (120, BY_TIME)),
+        (500, 0.5, 120, 0, (120, BY_TIME)),
+        (500, 0.2, 120, 0, (500 * 0.2, BY_LOAD)),
+        (2000, 0.2, 120, 500, (500, BY_TIME)),
+        (300, 0.2, 0, 500, (300, None)),
+        (0, 0.2, 0, 0, (0, None)),
+        (3, 0.5, 10, 0, (2, BY_LOAD)),
+    ],
+)
+def test_a_width_is_what_load_and_time_leave_of_the_wanted(wanted, quality, fits, least, expected):
+    assert narrowed(wanted, quality, fits, least) == expected
+
+
+def test_a_narrowed_stage_says_why():
+    by_load = degradation(Stage.RERANKING, Outcome.PARTIAL, BY_LOAD)
+    assert by_load == Degradation(Stage.RERANKING, "narrowed_by_load", "pre-rank scores")
 
 
 def test_selection_has_no_fallback():

@@ -173,16 +173,6 @@ def test_a_binding_without_what_its_source_needs_is_refused(binding, why):
         ModelInput.model_validate({"name": "x"} | binding)
 
 
-@pytest.mark.parametrize(("n_inputs", "n_features"), [(64, 0), (0, 64), (40, 24)])
-def test_no_more_candidate_fields_than_a_shards_record_has_bits(n_inputs, n_features):
-    inputs = [{"name": f"x{i}", "source": "candidate", "field": f"x{i}"} for i in range(n_inputs)]
-    features = [f"candidate.y{i}" for i in range(n_features)]
-    schema = {"user_tower": [], "re_ranker": inputs, "pre_ranker": features}
-    assert len(FeatureSchema.model_validate(schema).fields) == 64
-    with pytest.raises(ValueError, match="65 fields of candidates are read; allowed are 64"):
-        FeatureSchema.model_validate(schema | {"pre_ranker": [*features, "candidate.z", "context.hour"]})
-
-
 def test_the_schema_lists_every_field_once_with_its_form():
     schema = FeatureSchema.model_validate(
         {

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from app.control.carrying import PRIOR_ROWS, to_request_scale
 from app.control.deadline import Deadline
 from app.errors import ContractError, DeadlineMissed, StageFailed
 from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, sealed
@@ -88,8 +89,10 @@ async def test_rerank_count_narrows_and_the_rest_is_carried_on_the_same_scale(fu
     query = ask(user={"history": ids(20)}, rerank_count=2, k=4)
     ranking = await rank_offline(funnel, query)
     carried = generation.manifest.calibration.preranking(world.prerank_scores((20,)).astype(np.float32))
-    expected = {21: world.rerank_scores((20,))[21], 22: world.rerank_scores((20,))[22]}
-    expected |= {r: carried[r] for r in (23, 24)}
+    rows, is_fresh = [21, 22, 23, 24], np.array([True, True, False, False])
+    scores = world.rerank_scores((20,)).astype(np.float32)
+    on_its_scale = to_request_scale(carried[rows], scores[rows], is_fresh)
+    expected = dict(zip(rows, np.where(is_fresh, scores[rows], on_its_scale).tolist(), strict=True))
     assert ranking.rows.tolist() == sorted(expected, key=lambda r: -expected[r])
     np.testing.assert_allclose(ranking.scores, [expected[r] for r in ranking.rows.tolist()], rtol=1e-5)
     stages = dict(zip(ranking.rows.tolist(), ranking.stages.tolist(), strict=True))
@@ -244,14 +247,22 @@ class Workers:
     def __init__(self, n_workers, answer) -> None:
         self.n_workers, self.answer, self.n_shards = n_workers, answer, 0
 
-    def submit(self, shard):
+    def fits(self, budget_s):
+        return 10_000
+
+    def seconds(self, n):
+        return n / 1000
+
+    def submit(self, shard, deliver):
         future = asyncio.get_running_loop().create_future()
         answer = self.answer(self.n_shards, shard)
         self.n_shards += 1
         if isinstance(answer, Exception):
             future.set_exception(answer)
         elif answer is not None:
-            future.set_result(answer)
+            deliver(0, answer)
+            if len(answer) == len(shard.candidates):
+                future.set_result(None)
         return future
 
 
@@ -308,7 +319,9 @@ async def test_without_pre_ranking_the_retrieval_scores_take_its_place(funnel, a
     assert ranking.degradations == (Degradation(Stage.PRERANKING, reason, "retrieval scores"),)
     scores = world.retrieval_scores((20,)).astype(np.float32)
     carried = generation.manifest.calibration.retrieval(scores)
-    expected = {21: world.rerank_scores((20,))[21], 22: carried[22], 23: carried[23]}
+    fresh = world.rerank_scores((20,))[21]
+    shift = (fresh - carried[21]) / (1 + PRIOR_ROWS)  # one row was scored
+    expected = {21: fresh, 22: carried[22] + shift, 23: carried[23] + shift}
     assert sorted(ranking.rows.tolist()) == [21, 22, 23]
     for row, score, stage in zip(ranking.rows.tolist(), ranking.scores, ranking.stages, strict=True):
         assert score == pytest.approx(expected[row], rel=1e-5)
@@ -333,7 +346,8 @@ async def test_when_every_worker_fails_it_says_failed_and_not_late(funnel, ask):
 
 
 async def test_late_shards_keep_their_pre_rank_score(funnel, ask, generation):
-    answer = lambda number, shard: None if number else np.full(len(shard.candidates), 50 - 7, np.float32)  # noqa: E731
+    carried = generation.manifest.calibration.preranking(world.prerank_scores((20,)).astype(np.float32))
+    answer = lambda number, shard: None if number else carried[shard.candidates.rows] + np.float32(3)  # noqa: E731
     funnel.reranking.scorer = Workers(2, answer)
     query = ask(user={"history": ids(20)}, k=32)
     ranking = await funnel.rank(query, Deadline(time.monotonic(), 1.0))
@@ -342,18 +356,19 @@ async def test_late_shards_keep_their_pre_rank_score(funnel, ask, generation):
     assert ranking.degradations == (Degradation(Stage.RERANKING, "partial", "pre-rank scores"),)
     best = world.best(world.prerank_scores((20,)), 32, but=(20,))
     scored, late = best[0::2], best[1::2]  # dealt round-robin from the pre-rank order
-    assert ranking.rows.tolist()[:16] == sorted(scored)  # all 43
-    assert ranking.rows.tolist()[16:] == late
-    carried = generation.manifest.calibration.preranking(world.prerank_scores((20,)).astype(np.float32))
-    np.testing.assert_allclose(ranking.scores[16:], carried[late], rtol=1e-5, atol=1e-6)
+    # All 16 that were scored are 3 above what the calibration says of them.
+    expected = {r: carried[r] + 3 for r in scored} | {r: carried[r] + 3 * 16 / (16 + PRIOR_ROWS) for r in late}
+    assert ranking.rows.tolist() == sorted(expected, key=lambda r: -expected[r])
+    np.testing.assert_allclose(ranking.scores, [expected[r] for r in ranking.rows.tolist()], rtol=1e-5)
+    assert 0 < ranking.expected_ndcg_loss < 1
 
 
 async def test_a_shard_nobody_waits_for_any_more_is_cancelled(funnel, ask):
     submitted = []
 
     class Hung(Workers):
-        def submit(self, shard):
-            submitted.append(super().submit(shard))
+        def submit(self, shard, deliver):
+            submitted.append(super().submit(shard, deliver))
             return submitted[-1]
 
     funnel.reranking.scorer = Hung(2, lambda *_: None)

@@ -13,11 +13,14 @@ from app.workers.messages import (
     HEADER,
     Kind,
     ShardRecord,
+    Slice,
     frame,
     generation_number,
+    read_arrays,
     read_header,
-    read_scores,
-    write_scores,
+    read_slice,
+    write_arrays,
+    write_slice,
 )
 from app.workers.scoring import Shard
 
@@ -90,11 +93,11 @@ def test_the_time_left_crosses_and_no_instant(remaining_s, now):
     assert read.until == pytest.approx(now + remaining_s, abs=2e-6)  # whole microseconds
 
 
-@given(st.floats(0, 100), hnp.arrays("f4", st.integers(0, 50)))
-def test_scores_come_back_as_they_were(seconds, scores):
-    read_seconds, read = read_scores(write_scores(seconds, scores))
-    assert read_seconds == seconds
-    assert equal(read, scores)
+@given(st.floats(0, 100), st.integers(0, 10_000), hnp.arrays("f4", st.integers(0, 50)), st.booleans())
+def test_a_slice_comes_back_as_it_was(seconds, start, scores, is_last):
+    read = read_slice(write_slice(Slice(seconds, start, scores, is_last)))
+    assert (read.seconds, read.start, read.is_last) == (seconds, start, is_last)
+    assert equal(read.scores, scores)
 
 
 @given(st.sampled_from(Kind), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=40))
@@ -120,7 +123,15 @@ def test_an_unknown_kind_is_refused():
 def test_records_are_little_endian_whatever_the_machine():
     assert frame(Kind.SCORES, 1, 2)[:2] == bytes([FORMAT, Kind.SCORES])
     assert HEADER.pack(FORMAT, Kind.READY, 0, 1, 2, 3)[4:8] == bytes([1, 0, 0, 0])
-    assert write_scores(0.0, np.array([1.0], ">f4"))[-4:] == np.array([1.0], "<f4").tobytes()
+    assert write_slice(Slice(0.0, 0, np.array([1.0], ">f4"), True))[-4:] == np.array([1.0], "<f4").tobytes()
+    assert write_arrays({"x": np.array([1.0], ">f4")}) == write_arrays({"x": np.array([1.0], "<f4")})
+
+
+@given(st.dictionaries(st.text(max_size=5), arrays((2, 0, 3), "f4") | arrays((), "i8") | arrays((2, 1), "f4")))
+def test_named_arrays_come_back_as_they_were_however_many(sent):
+    read = read_arrays(b"before" + write_arrays(sent), offset=len(b"before"))
+    assert list(read) == list(sent)
+    assert all(equal(read[name], array) for name, array in sent.items())
 
 
 def test_a_generation_is_the_first_64_bits_of_its_digest():

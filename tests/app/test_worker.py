@@ -10,7 +10,7 @@ from app.bundle import load_re_ranker
 from app.errors import BundleError
 from app.warmup import offline_query
 from app.workers import worker
-from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, read_scores
+from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, read_slice
 from app.workers.scoring import Shard
 from tests import world
 
@@ -21,9 +21,7 @@ LONG_S = 600.0
 def child(generation):
     """One end of a socket; a worker's loop is at the other."""
     ours, theirs = socket.socketpair()
-    parts = load_re_ranker(generation.path, generation.digest)
-    thread = threading.Thread(target=worker.serve, args=(theirs, parts))
-    thread.start()
+    thread = start(theirs, generation)
     ours.settimeout(60)
     assert receive(ours)[0].kind is Kind.READY
     yield ours
@@ -32,9 +30,18 @@ def child(generation):
     theirs.close()
 
 
+def start(connection: socket.socket, generation, paced_row_s: float = 0.0) -> threading.Thread:
+    """A worker's main loop on this socket."""
+    child = worker.Worker(connection, load_re_ranker(generation.path, generation.digest), paced_row_s)
+    child.warm_up()
+    thread = threading.Thread(target=child.serve)
+    thread.start()
+    return thread
+
+
 def receive(connection: socket.socket):
-    header = read_header(worker.read_exactly(connection, HEADER.size))
-    return header, worker.read_exactly(connection, header.length)
+    header = read_header(connection.recv(HEADER.size))
+    return header, connection.recv(header.length)  # whole: it was sent at once
 
 
 def send_shard(connection, generation, funnel, *, remaining_s=LONG_S, own=None) -> Shard:
@@ -47,17 +54,19 @@ def send_shard(connection, generation, funnel, *, remaining_s=LONG_S, own=None) 
 
 
 def test_a_child_answers_with_the_jobs_scores(child, generation, funnel):
-    shard = send_shard(child, generation, funnel)
-    header, payload = receive(child)
-    assert (header.kind, header.job) == (Kind.SCORES, 5)
+    shard, scores = send_shard(child, generation, funnel), []
+    while len(scores) < len(shard.candidates):  # in one slice, or more where the warm-up was slow
+        header, payload = receive(child)
+        assert (header.kind, header.job) == (Kind.SCORES, 5)
+        scores += read_slice(payload).scores.tolist()
     expected = world.rerank_scores((20,), age=40, occupation=1)[shard.candidates.rows]
-    np.testing.assert_allclose(read_scores(payload)[1], expected, rtol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 def test_a_child_does_not_start_an_expired_shard(child, generation, funnel):
     send_shard(child, generation, funnel, remaining_s=-0.001)
     header, payload = receive(child)
-    assert (header.kind, payload) == (Kind.FAILED, b"expired before it was started")
+    assert (header.kind, payload) == (Kind.FAILED, b"expired before it was done")
 
 
 def test_a_child_refuses_a_shard_of_another_generation(child, generation, funnel):
@@ -74,9 +83,7 @@ def test_a_child_refuses_another_bundle_than_its_parents(generation):
 
 def test_a_child_ends_when_its_parent_closes_the_socket(generation):
     ours, theirs = socket.socketpair()
-    parts = load_re_ranker(generation.path, generation.digest)
-    thread = threading.Thread(target=worker.serve, args=(theirs, parts))
-    thread.start()
+    thread = start(theirs, generation)
     receive(ours)
     ours.close()
     thread.join(60)
@@ -84,10 +91,68 @@ def test_a_child_ends_when_its_parent_closes_the_socket(generation):
     theirs.close()
 
 
-def test_a_child_ends_without_a_trace_when_its_parent_is_gone(bundle, generation):
+def test_a_child_ends_without_a_trace_when_its_parent_is_gone(generation):
     ours, theirs = socket.socketpair()
     ours.close()
-    worker.main(str(theirs.detach()), str(bundle), generation.digest)  # READY finds nobody
+    start(theirs, generation).join(60)  # READY finds nobody
+    theirs.close()
+
+
+def test_a_child_that_can_not_start_says_why(generation):
+    ours, theirs = socket.socketpair()
+    with pytest.raises(BundleError):
+        worker.prepare(theirs.detach(), str(generation.path), "0" * 64, 0.0)
+    header, payload = receive(ours)
+    assert header.kind is Kind.FAILED
+    assert payload.startswith(b"manifest.json: its SHA-256")
+    ours.close()
+
+
+@pytest.mark.parametrize(
+    ("row_s", "n"), [(5e-6, 256), (2e-5, 100), (1e-4, 20), (1e-3, 8), (0.0, 256)], ids=lambda value: str(value)
+)
+def test_a_slice_takes_two_milliseconds_within_8_and_256_rows(row_s, n):
+    assert worker.slice_rows(row_s) == n
+
+
+def test_a_shard_comes_in_slices_best_first_and_the_last_says_so(child, generation, funnel, monkeypatch):
+    monkeypatch.setattr(worker, "slice_rows", lambda _: 8)
+    shard = send_shard(child, generation, funnel)
+    slices = [read_slice(receive(child)[1]) for _ in range(3)]
+    assert [(s.start, len(s.scores), s.is_last) for s in slices] == [(0, 8, False), (8, 8, False), (16, 4, True)]
+    expected = world.rerank_scores((20,), age=40, occupation=1)[shard.candidates.rows]
+    np.testing.assert_allclose(np.concatenate([s.scores for s in slices]), expected, rtol=1e-5)
+
+
+def test_a_ping_is_answered_while_a_shard_is_being_scored(generation, funnel):
+    ours, theirs = socket.socketpair()
+    thread = start(theirs, generation, paced_row_s=60.0)
+    receive(ours)
+    send_shard(ours, generation, funnel)  # 20 rows: twenty minutes
+    ours.sendall(frame(Kind.PING, generation_number(generation.digest), 0))
+    assert receive(ours)[0].kind is Kind.PONG
+    ours.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    theirs.close()
+
+
+def test_a_run_that_is_stopped_ends_at_once(generation, funnel, monkeypatch):
+    monkeypatch.setattr(worker, "slice_rows", lambda _: 8)
+    ours, theirs = socket.socketpair()
+    thread = start(theirs, generation, paced_row_s=60.0)
+    receive(ours)
+    send_shard(ours, generation, funnel)
+    ours.sendall(frame(Kind.STOP, generation_number(generation.digest), 4))  # another run: nothing happens
+    ours.sendall(frame(Kind.STOP, generation_number(generation.digest), 5))
+    answers = [receive(ours)]
+    while answers[-1][0].kind is Kind.SCORES:  # the slice that was under way may still come
+        answers.append(receive(ours))
+    assert len(answers) <= 2
+    assert (answers[-1][0].kind, answers[-1][1]) == (Kind.FAILED, b"stopped")
+    ours.close()
+    thread.join(60)
+    theirs.close()
 
 
 def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(child, generation, funnel, monkeypatch):
@@ -95,7 +160,7 @@ def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(chil
         raise TypeError("planted")
 
     with monkeypatch.context() as planted:
-        planted.setattr(worker, "score", score)
+        planted.setattr(worker.ShardModel, "score", score)
         send_shard(child, generation, funnel)
         header, payload = receive(child)
     assert header.kind is Kind.BROKEN

@@ -1,6 +1,7 @@
 """The demo command itself, on a slice of the real data: fetch, train, pack, serve, ask, print; and its refusals."""
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,19 @@ def test_the_answer_of_another_service_is_not_shown(bundle: Path, monkeypatch: p
     port, admin_port = (int(p) for p in free_ports())
     with pytest.raises(demo.DemoError, match="serves other@1#0, not tiny@1#"):
         demo.demo(demo.Places(bundle, bundle, bundle), (port, admin_port), 1)
+
+
+def test_neither_a_proxy_nor_settings_of_the_shell_reach_the_service(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("WINNOW_HOST", "nowhere")
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))  # the log goes beside it
+    port, admin_port = (int(p) for p in free_ports())
+    with demo.service(copied, (port, admin_port), 1) as process:
+        demo.wait_until_ready(f"http://127.0.0.1:{port}", process)
+        assert len(demo.ask(f"http://127.0.0.1:{port}", {"k": 2})["items"]) == 2
 
 
 def test_a_service_that_ended_is_not_waited_for() -> None:

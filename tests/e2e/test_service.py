@@ -111,7 +111,7 @@ def test_a_stop_while_starting_is_a_clean_stop(bundle):
 
 
 def test_workers_end_when_the_service_is_killed(bundle):
-    with running(bundle) as process:
+    with running(bundle, WINNOW_SPARES="0") as process:
         process.wait_until_ready()
         (worker,) = process.workers()
         handle = os.pidfd_open(worker)

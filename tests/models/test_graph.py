@@ -145,11 +145,7 @@ def test_one_score_in_a_row_of_its_own_is_flattened() -> None:
         (dot, (USER,), "input item is bound to no source"),
         (dot, (*INPUTS, SCORE), "has no input found; its inputs are user, item"),
         (dot, (*INPUTS, ITEM), "input item is bound twice"),
-        (
-            dot,
-            (USER, ModelInput(name="item", source=Source.CONTEXT, field="x")),
-            "no input reads anything of an item",
-        ),
+        (dot, (USER, ModelInput(name="item", source=Source.CONTEXT, field="x")), "no input reads anything of an item"),
     ],
 )
 def test_a_graph_that_does_not_fit_its_schema_is_refused(

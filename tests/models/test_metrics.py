@@ -25,6 +25,20 @@ def test_hits_and_gains_of_known_places() -> None:
     np.testing.assert_allclose(metrics.ndcg(ranks), expected)
 
 
+def test_the_loss_is_what_the_gains_by_place_leave_of_the_ideal() -> None:
+    ideal = metrics.place_gains(2)
+    np.testing.assert_allclose(ideal, [1.0, 1 / 2])
+    best = 1 / math.log2(2) + (1 / 2) / math.log2(3)
+    assert metrics.dcg(ideal) == pytest.approx(best)
+    shown = np.array([[1.0, 0.5], [0.5, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    expected = [0.0, 1 - (0.5 + 1 / math.log2(3)) / best, 1 - 1 / math.log2(3) / best, 1.0]
+    np.testing.assert_allclose(metrics.ndcg_loss(shown, ideal), expected, atol=1e-12)
+
+
+def test_where_nothing_can_be_gained_nothing_is_lost() -> None:
+    assert metrics.ndcg_loss(np.zeros((3, 0)), np.zeros(0)).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_bins_of_equal_mass_measure_the_gap() -> None:
     p = np.array([0.1, 0.1, 0.6, 0.6])
     label = np.array([0.0, 0.0, 1.0, 0.0])

@@ -117,7 +117,10 @@ def test_what_the_funnel_loses_against_its_own_re_ranker_is_printed(
 ) -> None:
     samples = source.with_name("samples.jsonl")
     assert main(["evaluate", str(packed.path), "--requests", str(samples), "--most", "20"]) == 0
-    assert re.search(r"own best 10 over all items, [01]\.\d{3} reach it", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"own best 10 over all items, [01]\.\d{3} reach it", said)
+    assert "on 100 requests held out" in said
+    assert re.search(r"re-ranking shards lost( +\d\.\d\d: \d\.\d{3}/\d\.\d{3}){5}", said)
 
 
 # ---------------------------------------------------------------------------------------- the target
@@ -236,10 +239,7 @@ def wide_history(model: onnx.ModelProto) -> None:
         (toml("retrieve = 40", "retrieve = 0"), "funnel.retrieve: Input should be greater"),
         (toml('table = "year"', 'table = "yeer"'), "input year reads the item table yeer, which there isn't"),
         (toml('table = "year"', 'table = "title"'), "input year reads the item table title, which there isn't"),
-        (
-            toml("length = 5}", "length = 6}"),
-            r"input history is .* \[1, 5, 8\], its source gives float32 \[n, 6, 8\]",
-        ),
+        (toml("length = 5}", "length = 6}"), r"input history is .* \[1, 5, 8\], its source gives float32 \[n, 6, 8\]"),
         (toml('{name = "year"', '{name = "yr"'), "has no input yr; its inputs are user, item, history"),
         (toml('{name = "user", source = "user_embedding"},', ""), "input user is bound to no source"),
         (toml('field = "occupation", dtype = "int64"', 'field = "occupation"'), "input occupation is tensor"),

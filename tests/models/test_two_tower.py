@@ -68,9 +68,7 @@ def test_an_empty_history_gets_what_is_popular() -> None:
     item = np.stack([np.zeros(30, np.int64), 1 + np.arange(30) % 9], axis=1).ravel()
     line = split.timeline(person, item, np.tile([1, 2], 30), 10, seed=0)
     torch.set_num_threads(1)
-    model = two_tower.fit_two_tower(
-        line, np.tile(np.arange(60), 40), np.eye(10, dtype=np.float32), 0, quiet, epochs=30
-    )
+    model = two_tower.fit_two_tower(line, np.tile(np.arange(60), 40), np.eye(10, dtype=np.float32), 0, quiet, epochs=30)
     with torch.no_grad():
         scores = model.users(torch.full((1, two_tower.LENGTH), -1)) @ model.embeddings().T
     assert int(scores.argmax()) == 0

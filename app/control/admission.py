@@ -1,0 +1,45 @@
+"""Then refusal: how many requests may run at once when narrowing is no longer enough. A pure rule.
+
+    limit <- limit + 1 / limit     for a request that ended well inside the SLA while the limit was in use
+    limit <- inflight · share      for one that didn't, at most once an SLA; share = comfort · SLA / latency
+
+By Little's law so many requests as `inflight · share` would have had that latency cut to what is comfortable.
+
+One less request in a hundred is turned away late rather than early: what is refused is refused at once, what is let
+in is answered in time. Low priority may fill half of the permits, normal nine tenths, high all of them.
+"""
+
+from dataclasses import dataclass
+
+LOWEST = 4.0  # permits: below it the cores idle between two requests
+STEEPEST = 0.5  # share of the permits that one slow request leaves at least
+COMFORT = 0.7  # of the SLA: where queueing stops being useful
+PRIORITY_SHARE = {"low": 0.5, "normal": 0.9, "high": 1.0}
+
+
+@dataclass(slots=True)
+class Admission:
+    """An adaptive concurrency limit. most: permits there are at all; sla_s: seconds."""
+
+    most: float
+    sla_s: float
+    limit: float = 0.0
+    backed_off_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.limit = self.limit or self.most
+
+    def may_enter(self, inflight: int, priority: str, *, is_at_floor: bool) -> bool:
+        """Whether one more may run. Above quality's floor only the hard limit refuses."""
+        limit = self.limit if is_at_floor else self.most
+        return inflight < max(1.0, limit * PRIORITY_SHARE[priority])
+
+    def finished(self, now: float, latency_s: float, inflight: int, *, is_at_floor: bool) -> None:
+        """A request ended after so many seconds, with so many in flight (itself included)."""
+        if latency_s <= COMFORT * self.sla_s:
+            if 2 * inflight >= self.limit or not is_at_floor:
+                self.limit = min(self.most, self.limit + 1 / self.limit)
+        elif is_at_floor and now - self.backed_off_at > self.sla_s:
+            share = max(STEEPEST, COMFORT * self.sla_s / latency_s)
+            self.limit = max(LOWEST, min(self.limit, inflight) * share)
+            self.backed_off_at = now

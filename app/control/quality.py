@@ -1,0 +1,43 @@
+"""Quality first: narrow the funnel before anybody is refused. A pure rule; the clock is an argument.
+
+    q <- q + step                      if the request would have been in time at its wanted width
+    q <- q - step · p / (1 - p)        if not, or if it had to be refused
+    q <- q + recovery · seconds        as time goes by
+
+With p = 0.99 one request that would have been late pulls as much as 99 that would have been in time, so q settles
+where percentile p of latency meets the SLA. At 400 requests a second the two kinds of rise are alike; with little
+traffic time alone brings q from its floor back to 1 in two seconds.
+
+    p = 0.99, step = 0.001: after 10 in time and 1 late within a moment, q = 1 - 0.099 (the rise stops at 1)
+
+Source: the quality factor of product-mixer; floor and recovery are ours (0.2: below it the agreement with the full
+funnel falls faster than time).
+"""
+
+from dataclasses import dataclass
+
+FLOOR = 0.2
+STEP = 0.001
+PERCENTILE = 0.99
+RECOVERY_PER_S = (1 - FLOOR) / 2.0
+
+
+@dataclass(slots=True)
+class Quality:
+    """The factor that all widths are multiplied by, in [floor, 1]; `at` is when it was last moved, seconds."""
+
+    value: float = 1.0
+    at: float = 0.0
+
+    def now(self, now: float) -> float:
+        """The quality at this instant: the value, risen since by the time that went by."""
+        return min(1.0, self.value + RECOVERY_PER_S * max(0.0, now - self.at))
+
+    def is_at_floor(self, now: float) -> bool:
+        """Whether there is nothing left to narrow; within one late request's pull of the floor counts."""
+        return self.now(now) <= FLOOR + STEP * PERCENTILE / (1 - PERCENTILE)
+
+    def finished(self, now: float, *, is_in_time: bool) -> None:
+        """A request ended; it would have been in time at its wanted width, or not."""
+        change = STEP if is_in_time else -STEP * PERCENTILE / (1 - PERCENTILE)
+        self.value, self.at = min(1.0, max(FLOOR, self.now(now) + change)), now

@@ -1,0 +1,36 @@
+"""python -m app.workers SOCKET_FD BUNDLE DIGEST PACED_ROW_S IS_URGENT: the process of one worker.
+
+A worker that is getting ready must not slow down those who serve, so importing and loading yield to everybody, in a
+thread of the lowest priority: Linux keeps one for each thread, and the main thread's, which will score, stays as it
+was. An urgent worker (nobody serves) doesn't yield.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, faiss and onnxruntime are imported
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+LOWEST_PRIORITY = 19
+
+
+def main(fd: str, bundle: str, digest: str, paced_row_s: str, is_urgent: str) -> None:
+    os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
+    with ThreadPoolExecutor(1) as thread:
+        if is_urgent == "no":
+            thread.submit(yield_to_everybody)
+        worker = thread.submit(import_module, "app.workers.worker").result()  # a second of imports
+        ready = thread.submit(worker.prepare, int(fd), bundle, digest, float(paced_row_s)).result()
+    ready.serve()
+
+
+def yield_to_everybody() -> None:
+    """The thread that calls this gets the lowest priority."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
