@@ -1,8 +1,10 @@
 """The wire: what POST /v1/rank takes and answers, and how a request becomes a Query.
 
-Schemas end at the door: behind `to_query` there are rows and arrays only. A wrong request is refused with every
-field that is wrong, its value and what is allowed; an item that the catalogue doesn't have is no error, it is
-left out and counted (`ignored`). Statuses are api.py's; what is known of the person is users.py's.
+Schemas end at the door: behind `to_query` there are rows and arrays only. A wrong request is refused with the first
+fields that are wrong, their values and what is allowed (a long list ends at its first wrong value, and a body with
+over a thousand errors is refused as a whole); an item that the catalogue doesn't have is no error, it is left out
+and counted (`ignored`). Statuses are api.py's; what is known of the person is users.py's. It is over 250 lines
+because both directions of one schema stand here.
 """
 
 import math
