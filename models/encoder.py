@@ -43,12 +43,16 @@ class HistoryEncoder(nn.Module):
 
     def from_table(self, table: Tensor, rows: Tensor) -> Tensor:
         """The same for rows [B, L] of a table [N, d]; -1 is no item."""
-        weights = torch.exp(self.log_weight)[None] * (rows >= 0).float()[:, None]
-        known = rows.clamp(min=0)
+        is_item = rows >= 0
+        weights = torch.exp(self.log_weight)[None] * is_item.float()[:, None]
+        # Bags of what is there, not of padded rows: histories fill half of their length, and the sums are the same.
+        known, counts = rows[is_item], is_item.sum(1)
+        starts = counts.cumsum(0) - counts
         sums = [
-            F.embedding_bag(known, table, per_sample_weights=one.contiguous(), mode="sum") for one in weights.unbind(1)
+            F.embedding_bag(known, table, starts, per_sample_weights=one[is_item], mode="sum")
+            for one in weights.unbind(1)
         ]
-        return self._head(torch.stack(sums, dim=1), weights.sum(2), (rows >= 0).float().sum(1))
+        return self._head(torch.stack(sums, dim=1), weights.sum(2), counts.float())
 
     def _head(self, sums: Tensor, total: Tensor, count: Tensor) -> Tensor:
         z = (sums / (1.0 + total)[..., None]).flatten(1)

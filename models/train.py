@@ -81,8 +81,8 @@ def train(
 ) -> Path:
     """Fetch, fit and write the demo's models. `people` and `epochs` make it small for trials.
 
-    The two fits run at the same time, in processes of their own; `show` is called in them, so it has to be a
-    function of a module. Expect 100 s on 2 cores.
+    The two rows of the drawing run at the same time, in processes of their own; `show` is called in them, so it
+    has to be a function of a module. Expect two to three minutes on 2 cores.
     """
     from models.export import write_folder  # it imports what is defined here
 
@@ -93,12 +93,12 @@ def train(
     line = timeline(ratings.person, ratings.item, ratings.time, len(catalogue), seed)
     tune_from, test_from = cuts(line.time)
     show(f"{len(line)} ratings, {len(catalogue)} films; fit 60 %, tune 20 %, the last 20 % untouched")
-    jobs = [(line, before(line, cut), catalogue, seed, show, epochs) for cut in (tune_from, test_from)]
-    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
-        first, final = pool.map(fit_alone, jobs)
-    torch.set_num_threads(1)
     tuning = rolling(line, tune_from, test_from, seed, HEAD_QUERIES_A_PERSON)
-    head = fit_head(first, tuning, show)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        learning = pool.submit(head_alone, line, before(line, tune_from), catalogue, seed, show, epochs, tuning)
+        fitting = pool.submit(fit_alone, line, before(line, test_from), catalogue, seed, show, epochs)
+        head, final = learning.result(), fitting.result()
+    torch.set_num_threads(1)
     write_folder(out_dir, final, head, catalogue, tuning, before(line, test_from), ratings.person_ids)
     show(f"trained in {time.monotonic() - started:.0f} s: {out_dir}")
     return out_dir
@@ -107,6 +107,7 @@ def train(
 def fit(line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Show, epochs: int | None = None) -> Fitted:
     """Towers and re-ranker, fitted on these events and nothing else."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a twentieth of the time, for what is written over
     statics = item_statics(line, events, catalogue)
     towers = fit_two_tower(line, events, catalogue.content, seed, show, epochs)
     deep = fit_deep(line, events, catalogue.content, statics["static"], seed, show, epochs)
@@ -120,16 +121,22 @@ def fit(line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Sho
     return Fitted(towers, deep, statics | learned)
 
 
-def fit_alone(job: tuple[Timeline, Rows, Catalogue, int, Show, int | None]) -> Fitted:
+def fit_alone(line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Show, epochs: int | None) -> Fitted:
     """`fit` in a process of its own, on one thread.
 
     Two processes of one thread keep two cores busy; one of two threads waits at every step for the slower
     of them, and on a machine with other work took twenty times as long.
     """
     torch.set_num_threads(1)
-    line, events, catalogue, seed, show, epochs = job
     share = f"{len(events) / len(line):.0%}"
     return fit(line, events, catalogue, seed, partial(_say_whose, show, share), epochs)
+
+
+def head_alone(
+    line: Timeline, events: Rows, catalogue: Catalogue, seed: int, show: Show, epochs: int | None, queries: Queries
+) -> Head:
+    """`fit_alone` and `fit_head` on what it fitted: the learned models of the first fit serve nothing else."""
+    return fit_head(fit_alone(line, events, catalogue, seed, show, epochs), queries, show)
 
 
 def _say_whose(show: Show, share: str, text: str) -> None:
