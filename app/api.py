@@ -81,7 +81,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/rank", response_class=Response, responses=responses, openapi_extra={"requestBody": request_body})
     async def rank(request: Request) -> Response:
         """Rank the catalogue, or the caller's candidates, for one person."""
-        return await _answer(request, service)
+        return await answer(request, service)
 
     @router.get("/livez", response_class=PlainTextResponse)
     async def livez() -> Response:
@@ -142,7 +142,8 @@ def _of_serving(held: Serving) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- POST /v1/rank
 
 
-async def _answer(request: Request, service: Service) -> Response:
+async def answer(request: Request, service: Service) -> Response:
+    """The ranking, or the problem, of one request."""
     received_at = request.scope.get("winnow.received_at", time.monotonic())
     request_id, answered = _request_id(request), None
     try:

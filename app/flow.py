@@ -62,7 +62,13 @@ def sealed(array: NDArray[A]) -> NDArray[A]:
 def best_first(scores: Scores, rows: Rows) -> NDArray[np.intp]:
     """Positions in falling order of score; what isn't finite sinks to the end; ties break by row."""
     keys = np.where(np.isfinite(scores), -scores, np.inf)
-    return np.lexsort((rows, keys))
+    at = np.argsort(keys)
+    ranked = keys[at]
+    is_tie = ranked[1:] == ranked[:-1]
+    if is_tie.any():  # only these by two keys: all of them would take five times as long
+        tied = np.flatnonzero(np.append(is_tie, False) | np.append(False, is_tie))
+        at[tied] = at[tied[np.lexsort((rows[at[tied]], ranked[tied]))]]
+    return at
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,8 +203,9 @@ def _check_output(given: object, output: Candidates | Scored, n_items: int) -> N
         n, rows = len(output), output.rows
         fits = rows.dtype == np.int64 and output.retrieval_scores.shape == output.origins.shape == (n,)
         _require(fits, "retrieval: columns of one length, rows of type int64")
-        is_known = not n or (rows.min() >= 0 and rows.max() < n_items and len(np.unique(rows)) == n)
-        _require(is_known, "retrieval: rows of the catalogue, each once")
+        ranked = np.sort(rows)
+        is_known = not n or (ranked[0] >= 0 and ranked[-1] < n_items and (ranked[1:] != ranked[:-1]).all())
+        _require(bool(is_known), "retrieval: rows of the catalogue, each once")
     else:
         label, candidates = output.stage.label, given.candidates if isinstance(given, Scored) else given
         _require(output.candidates is candidates, f"{label}: a scorer keeps its candidates")
@@ -214,9 +215,9 @@ def _check_output(given: object, output: Candidates | Scored, n_items: int) -> N
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows, p = ranking.rows, ranking.propensities
-    n = min(query.k, len(fine))
-    _require(len(rows) == len(np.unique(rows)) == n, f"selection: min(k, candidates) = {n} items, each once")
+    n, shown = min(query.k, len(fine)), set(rows.tolist())
+    _require(len(rows) == len(shown) == n, f"selection: min(k, candidates) = {n} items, each once")
     columns = {c.shape for c in (ranking.scores, ranking.values, ranking.stages, p)}
     _require(columns == {rows.shape}, "selection: columns of one length")
-    _require(bool(np.isin(rows, fine.candidates.rows).all()), "selection: only candidates")
+    _require(shown.issubset(fine.candidates.rows.tolist()), "selection: only candidates")
     _require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]")

@@ -71,6 +71,11 @@ class Metrics:
         self.quality = add(Gauge, "quality", "Share of its configured width the funnel runs at.")
         self.coverage = add(Histogram, "coverage_ratio", "Share of the wanted that was re-ranked.", SHARES)
         self.restarts = add(Counter, "worker_restarts", "Workers that ended and were replaced.")
+        # What every request counts, looked up once.
+        self.of_stage = {
+            s: (self.stage_seconds.labels(s), [self.stage_candidates.labels(s, edge) for edge in EDGES]) for s in STAGES
+        }
+        self.of_score = [self.score.labels(s, NO_ARM) for s in RANKED]
         prometheus_client.ProcessCollector(registry=self.registry)
         prometheus_client.PlatformCollector(registry=self.registry)
 
@@ -91,17 +96,17 @@ class Metrics:
     def ranking(self, ranking: Ranking) -> None:
         """Count what the funnel did for one answer."""
         for report in ranking.reports:
-            stage = report.stage.label
-            self.stage_seconds.labels(stage).observe(report.seconds)
-            for edge, n in zip(EDGES, (report.wanted, report.done, report.n_out), strict=True):
-                self.stage_candidates.labels(stage, edge).observe(n)
+            seconds, edges = self.of_stage[report.stage.label]
+            seconds.observe(report.seconds)
+            for edge, n in zip(edges, (report.wanted, report.done, report.n_out), strict=True):
+                edge.observe(n)
             if report.stage is Stage.RERANKING and report.outcome is not Outcome.SKIPPED:
                 self.coverage.observe(report.done / report.wanted)
         for d in ranking.degradations:
             self.degradations.labels(d.stage.label, d.reason).inc()
         for scored_by, score in zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False):
             if math.isfinite(score):  # one NaN would make the histogram's sum NaN for good
-                self.score.labels(STAGES[scored_by], NO_ARM).observe(score)
+                self.of_score[scored_by].observe(score)
 
     def shard(self, outcome: str, seconds: float) -> None:
         """Count a shard; its time only when the model ran."""

@@ -256,7 +256,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, foun
         person=person,
         k=request.k or generation.manifest.funnel.k,
         filters=tuple(_filter(i, f, generation) for i, f in enumerate(request.filters)),
-        exclude=sealed(np.unique(exclude[exclude != NO_ROW])),
+        exclude=sealed(np.sort(exclude[exclude != NO_ROW])),
         candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,

@@ -69,7 +69,8 @@ class Reranking:
                 answer.cancel()
         scope.shards_ok = sum(map(is_scored, answers))
         is_fresh = scored_by == self.stage
-        scores = np.where(is_fresh, scores, to_request_scale(carried, scores, is_fresh))
+        if not is_fresh.all():
+            scores = np.where(is_fresh, scores, to_request_scale(carried, scores, is_fresh))
         return Scored(given.candidates, sealed(scores), self.stage, sealed(scored_by))
 
     def substitute(self, scope: RequestScope, query: Query, given: Scored) -> Scored:

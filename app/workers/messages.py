@@ -11,7 +11,7 @@ a bundle's fields is written here; each frame names the bundle's generation.
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -61,12 +61,24 @@ def frame(kind: Kind, generation: int, job: int, payload: bytes = b"") -> bytes:
     return HEADER.pack(FORMAT, kind, 0, len(payload), generation, job) + payload
 
 
-def read_header(header: bytes) -> Frame:
+def read_header(header: bytes | bytearray) -> Frame:
     """Raises ValueError for another format version or an unknown kind."""
     version, kind, _, length, generation, job = HEADER.unpack(header)
     if version != FORMAT:
         raise ValueError(f"message format {version}, expected {FORMAT}")
     return Frame(Kind(kind), length, generation, job)
+
+
+def read_frames(held: bytearray) -> Iterator[tuple[Frame, bytes]]:
+    """The whole frames at the head of what was received so far, with their payloads; they are taken out of it."""
+    while len(held) >= HEADER.size:
+        head = read_header(held[: HEADER.size])
+        end = HEADER.size + head.length
+        if len(held) < end:
+            break
+        payload = bytes(held[HEADER.size : end])
+        del held[:end]
+        yield head, payload
 
 
 class Slice(NamedTuple):

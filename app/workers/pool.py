@@ -16,8 +16,10 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.bundle import Generation
 from app.control.costs import Cost
@@ -69,7 +71,7 @@ class _Worker:
     state: str = "starting"
     is_ready: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process = field(init=False)
-    writer: asyncio.StreamWriter = field(init=False)
+    transport: asyncio.WriteTransport = field(init=False)
     job: _Job | None = None
     run: int = 0
     offset: int = 0
@@ -171,7 +173,7 @@ class WorkerPool:
             self.hedges.earn(job.n_left)
         rest = job.shard.part(job.done) if job.done else job.shard
         payload = self.record.write(rest, job.shard.until - time.monotonic())
-        worker.writer.write(messages.frame(Kind.SHARD, self.own, worker.run, payload))
+        worker.transport.write(messages.frame(Kind.SHARD, self.own, worker.run, payload))
         after_s = late_after(self.cost.seconds(job.n_left))
         asyncio.get_running_loop().call_later(after_s, self._is_late, worker, worker.run)
 
@@ -230,7 +232,7 @@ class WorkerPool:
             await asyncio.sleep(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(n_early_deaths - 1, 20)))
 
     async def _live(self, worker: _Worker) -> None:
-        """Spawn the process, then read its answers until the stream ends."""
+        """Spawn the process, then receive its answers until its socket ends; raises whatever ended it."""
         worker.state = "starting"
         async with AsyncExitStack() as last:  # what is done in the end, in the reverse order
             ours, theirs = socket.socketpair()
@@ -242,27 +244,36 @@ class WorkerPool:
                 worker.process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
             last.push_async_callback(_wait_for_end, worker.process)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
-            reader, worker.writer = await asyncio.open_unix_connection(sock=ours)
-            last.callback(worker.writer.close)
+            loop = asyncio.get_running_loop()
+            stream = partial(_Stream, partial(self._receive, worker))
+            worker.transport, answers = await loop.create_unix_connection(stream, sock=ours)
+            last.callback(worker.transport.close)
             last.callback(self._give_up, worker)
-            answer, payload = await _read(reader)
-            if answer.kind is not Kind.READY:
-                raise ServerError(payload.decode(errors="replace"))
-            worker.state, worker.owes = "alive", {}
-            worker.is_ready.set()
-            if not self.started.done():
-                self.cost = Cost(ROUND_TRIP_S, max(messages.read_slice(payload).seconds, self.paced_row_s))
-                if len(self.ready) == len(self.workers):
-                    self.started.set_result(None)
-            self._hand_out()
-            while True:
-                self._receive(worker, *await _read(reader))
+            await answers.ended
+
+    def _begin(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
+        """Its first answer: it is ready, or says why not. Raises ServerError."""
+        if answer.kind is not Kind.READY:
+            raise ServerError(payload.decode(errors="replace"))
+        worker.state, worker.owes = "alive", {}
+        worker.is_ready.set()
+        if not self.started.done():
+            self.cost = Cost(ROUND_TRIP_S, max(messages.read_slice(payload).seconds, self.paced_row_s))
+            if len(self.ready) == len(self.workers):
+                self.started.set_result(None)
+        self._hand_out()
 
     def _receive(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
         """Raises ValueError for an answer to what wasn't asked."""
-        if answer.kind is Kind.PONG:
+        if worker.state == "starting":
+            self._begin(worker, answer, payload)
+        elif answer.kind is Kind.PONG:
             worker.owes.pop(Kind.PING, None)
-            return
+        else:
+            self._progress(worker, answer, payload)
+
+    def _progress(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
+        """Of the run that it was given; raises ValueError for another."""
         if worker.job is None or answer.job != worker.run:
             raise ValueError(f"answered run {answer.job}, was given {worker.run}")
         if answer.kind is Kind.SCORES:
@@ -294,7 +305,7 @@ class WorkerPool:
         """A ping, or to stop its run; not again while it owes the answer."""
         if kind not in worker.owes:
             worker.owes[kind] = SILENT
-            worker.writer.write(messages.frame(kind, self.own, worker.run))
+            worker.transport.write(messages.frame(kind, self.own, worker.run))
 
     async def _watch(self) -> None:
         """Ping the workers; kill those that don't answer, don't stop when told to, or don't get ready.
@@ -312,10 +323,27 @@ class WorkerPool:
                     self._ask(worker, Kind.PING)
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[Frame, bytes]:
-    """The next answer: its header and its payload."""
-    answer = messages.read_header(await reader.readexactly(messages.HEADER.size))
-    return answer, await reader.readexactly(answer.length)
+class _Stream(asyncio.Protocol):
+    """Our end of a worker's socket: each whole answer goes to `receive`. ended: fails with what ended it."""
+
+    def __init__(self, receive: Callable[[Frame, bytes], None]) -> None:
+        self.receive, self.held = receive, bytearray()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.held += data
+        try:
+            for answer, payload in messages.read_frames(self.held):
+                self.receive(answer, payload)
+        except Exception as e:
+            self._end(e)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(error or EOFError("its socket was closed"))
+
+    def _end(self, why: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(why)
 
 
 async def _wait_for_end(process: asyncio.subprocess.Process) -> None:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import traceback
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from app.workers.messages import Frame, Kind, Slice
 from app.workers.scoring import Shard, ShardModel
 
 WARM_UP = (1, 16, 64)  # rows: the runtime plans its memory by shape
-SLICE_S = 2e-3  # what a slice should take: a stop or the deadline costs about so much
+SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
 LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
 
@@ -104,7 +105,7 @@ class Worker:
         """Slice after slice. Raises StageFailed where the shard expires, is stopped or fails."""
         request, n, start, now = self.model.request_inputs(shard.person), len(shard.candidates), 0, started
         while start < n:
-            stop = min(n, start + slice_rows(self.row_s))
+            stop = start + slice_rows(self.row_s, n - start)
             if shard.until <= now or run.is_stopped.is_set():
                 raise StageFailed("expired before it was done")
             part = shard if stop - start == n else shard.part(start, stop)
@@ -141,6 +142,7 @@ class Worker:
             self.connection.sendall(messages.frame(kind, self.own, job, payload))
 
 
-def slice_rows(row_s: float) -> int:
-    """How many rows make a slice when a row takes so many seconds."""
-    return max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))
+def slice_rows(row_s: float, n_left: int) -> int:
+    """How many of the rows that are left make the next of equal slices, when a row takes so many seconds."""
+    most = max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))
+    return ceil(n_left / ceil(n_left / most))

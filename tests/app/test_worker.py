@@ -109,14 +109,15 @@ def test_a_child_that_can_not_start_says_why(generation):
 
 
 @pytest.mark.parametrize(
-    ("row_s", "n"), [(5e-6, 256), (2e-5, 100), (1e-4, 20), (1e-3, 8), (0.0, 256)], ids=lambda value: str(value)
+    ("row_s", "n_left", "n"),
+    [(5e-6, 500, 250), (2e-5, 300, 150), (2e-5, 301, 101), (1e-4, 300, 30), (1e-3, 300, 8), (0.0, 256, 256)],
 )
-def test_a_slice_takes_two_milliseconds_within_8_and_256_rows(row_s, n):
-    assert worker.slice_rows(row_s) == n
+def test_slices_are_equal_and_take_three_milliseconds_at_most_within_8_and_256_rows(row_s, n_left, n):
+    assert worker.slice_rows(row_s, n_left) == n
 
 
 def test_a_shard_comes_in_slices_best_first_and_the_last_says_so(child, generation, funnel, monkeypatch):
-    monkeypatch.setattr(worker, "slice_rows", lambda _: 8)
+    monkeypatch.setattr(worker, "slice_rows", lambda _, n_left: min(8, n_left))
     shard = send_shard(child, generation, funnel)
     slices = [read_slice(receive(child)[1]) for _ in range(3)]
     assert [(s.start, len(s.scores), s.is_last) for s in slices] == [(0, 8, False), (8, 8, False), (16, 4, True)]
@@ -138,7 +139,7 @@ def test_a_ping_is_answered_while_a_shard_is_being_scored(generation, funnel):
 
 
 def test_a_run_that_is_stopped_ends_at_once(generation, funnel, monkeypatch):
-    monkeypatch.setattr(worker, "slice_rows", lambda _: 8)
+    monkeypatch.setattr(worker, "slice_rows", lambda _, n_left: min(8, n_left))
     ours, theirs = socket.socketpair()
     thread = start(theirs, generation, paced_row_s=60.0)
     receive(ours)

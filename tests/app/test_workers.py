@@ -320,7 +320,6 @@ async def test_an_answer_in_another_format_ends_the_worker_and_another_takes_its
     shard = shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)
     with monkeypatch.context() as patch:
         patch.setattr("app.workers.messages.read_header", lambda h: real_header(bytes([FORMAT + 1]) + h[1:]))
-        await pool.score(shard)  # its reader has looked the function up already
         scored = asyncio.create_task(pool.score(shard))
         await asyncio.wait_for(pool.restarted.wait(), 60)
     assert np.isfinite(await scored).all()
