@@ -16,7 +16,7 @@ from app.control.quality import Quality
 from app.errors import CapacityError
 from app.metrics import Metrics
 
-WAIT_SHARE = 0.03  # of the SLA that a request may wait for a permit
+WAIT_SHARE = 0.01  # of the SLA that a request may wait for a permit: enough for an order by priority
 QUEUE_SHARE = 0.25  # of the limit that may wait
 
 

@@ -51,7 +51,8 @@ class Settings:
     admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
     workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
     spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
-    threads: int = tunable(4, "threads for tower, index and linear stage; they release the GIL", low=1, high=64)
+    # More than cores only pass the interpreter lock around.
+    threads: int = tunable(os.cpu_count() or 1, "threads for tower, index and linear stage", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     user_limit_ms: float = tunable(5.0, "time to find out who asks, else they are unknown", low=0.1, high=1e3)
     reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)

@@ -6,7 +6,7 @@
 
 With p = 0.99 one request that would have been late pulls as much as 99 that would have been in time, so q settles
 where percentile p of latency meets the SLA. At 400 requests a second the two kinds of rise are alike; with little
-traffic time alone brings q from its floor back to 1 in two seconds.
+traffic time alone brings q from its floor back to 1 within two seconds.
 
     p = 0.99, step = 0.001: after 10 in time and 1 late within a moment, q = 1 - 0.099 (the rise stops at 1)
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 FLOOR = 0.2
 STEP = 0.001
 PERCENTILE = 0.99
-RECOVERY_PER_S = (1 - FLOOR) / 2.0
+RECOVERY_PER_S = (1 - FLOOR) / 1.8  # two seconds after the load went, with what is still in flight then
 
 
 @dataclass(slots=True)

@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 LOWEST_PRIORITY = 19
+BEHIND_THE_LOOP = 10  # niceness: whoever hands out work comes first, or all wait for it
 
 
 def main(fd: str, bundle: str, digest: str, paced_row_s: str, is_urgent: str) -> None:
     os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
+    os.nice(BEHIND_THE_LOOP)
     with ThreadPoolExecutor(1) as thread:
         if is_urgent == "no":
             thread.submit(yield_to_everybody)
