@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from app.errors import BundleError, require
-from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, re_ranker_inputs
+from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Candidates, Person
 
 
@@ -54,7 +54,7 @@ def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[s
     rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
     nobody = Person(rows, {i.key: i.filled() for i in inputs if i.field})
     nothing = Candidates(rows, scores, rows.astype(np.uint32), np.zeros(tables["embedding"].shape[1], np.float32))
-    return re_ranker_inputs(inputs, Inputs(tables, nobody, nothing, {}))
+    return request_inputs(inputs, tables, nobody) | item_inputs(inputs, Inputs(tables, nobody, nothing, {}))
 
 
 def _check_input(node: ort.NodeArg, array: NDArray[Any], file: str) -> None:

@@ -201,11 +201,6 @@ def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]
     return arrays
 
 
-def re_ranker_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]:
-    """All inputs of the re-ranker for these candidates."""
-    return request_inputs(inputs, given.tables, given.person) | item_inputs(inputs, given)
-
-
 # ---------------------------------------------------------------- named features of the linear pre-ranker
 
 
@@ -255,16 +250,12 @@ def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, NDAr
     if kind == "history_overlap":
         return _overlap(values.reshape(len(values), -1)[rows], values[newest])
     if kind == "history_gap":
-        return np.abs(_as_floats(values[rows]) - _as_floats(values[newest]).mean())
+        return np.abs(np.asarray(values[rows], np.float32) - np.asarray(values[newest], np.float32).mean())
     if table not in similarity:
-        similarity[table] = _as_floats(values[rows]) @ _as_floats(values[newest]).T
+        similarity[table] = np.asarray(values[rows], np.float32) @ np.asarray(values[newest], np.float32).T
     if kind == "history_last":
         return similarity[table][:, 0]
     return similarity[table].max(axis=1) if kind == "history_max" else similarity[table].mean(axis=1)
-
-
-def _as_floats(values: Array) -> NDArray[np.float32]:
-    return np.asarray(values, np.float32)
 
 
 def _overlap(mine: Array, newest: Array) -> Any:

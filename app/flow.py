@@ -190,16 +190,6 @@ class Degradation:
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What a stage did to a watched row: its score and rank (0 is best), or why it is gone."""
-
-    row: int
-    score: float | None
-    rank: int | None
-    dropped: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class StageReport:
     """What one stage did for one request. `wanted` and `done` are widths, in candidates."""
 
@@ -209,7 +199,6 @@ class StageReport:
     n_out: int
     seconds: float
     outcome: Outcome
-    fates: tuple[Fate, ...] = ()
     shards: int = 0
     shards_ok: int = 0
 
@@ -220,7 +209,7 @@ class RequestScope:
 
     Widths in candidates: retrieve_width is asked of retrieval, keep go on from pre-ranking, rerank_width
     of those are scored by re-ranking; `width` is what the stage that runs now is given of its own.
-    quality: the share of its widths that the load leaves it. watched: rows whose fate every stage reports.
+    quality: the share of its widths that the load leaves it.
     extra_s: what the widths that were not run would have taken; infinite once time was short.
     """
 
@@ -230,7 +219,6 @@ class RequestScope:
     rerank_width: int
     keep: int
     quality: float = 1.0
-    watched: tuple[int, ...] = ()
     width: int = 0
     extra_s: float = 0.0
     shards: int = 0

@@ -17,11 +17,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from app.bundle import Generation
+from app.control.costs import Estimate
 from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
 from app.errors import ContractError, DeadlineMissed, StageFailed
-from app.flow import Candidates, Fate, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport, best_first
+from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport
 from app.stages.preranking import Preranking
 from app.stages.reranking import Reranking
 from app.stages.retrieval import Retrieval
@@ -42,11 +43,9 @@ class FunnelStage(Protocol[Given, Output]):
     def wanted(self, scope: RequestScope, query: Query, given: Given) -> int:
         """The width at which nothing is given up, in candidates."""
 
-    def fits(self, budget_s: float) -> int:
-        """The width that is expected to be done in so many seconds."""
-
-    def seconds(self, n: int) -> float:
-        """What a width of n is expected to take."""
+    @property
+    def cost(self) -> Estimate:
+        """What widths of it are expected to take."""
 
     async def run(self, scope: RequestScope, query: Query, given: Given, until: float) -> Output:
         """The output, `scope.width` wide, by the instant `until`; else TimeoutError, StageFailed for a fault."""
@@ -67,19 +66,15 @@ class Funnel:
         self.reranking = Reranking(generation, scorer)
         self.selection = Selection()
 
-    async def rank(
-        self, query: Query, deadline: Deadline, quality: float = 1.0, watched: tuple[int, ...] = ()
-    ) -> Ranking:
+    async def rank(self, query: Query, deadline: Deadline, quality: float = 1.0) -> Ranking:
         """The best min(k, candidates) items, in time. Raises ContractError, which is always our bug."""
-        scope = self.open_scope(query, deadline, quality, watched)
+        scope = self.open_scope(query, deadline, quality)
         found = await self.run(self.retrieval, scope, query, None)
         coarse = await self.run(self.preranking, scope, query, found)
         fine = await self.run(self.reranking, scope, query, coarse.top(scope.keep))
         return self.select(scope, query, fine)
 
-    def open_scope(
-        self, query: Query, deadline: Deadline, quality: float = 1.0, watched: tuple[int, ...] = ()
-    ) -> RequestScope:
+    def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
         widths = self.generation.manifest.funnel
         rerank_width = query.rerank_count or widths.rerank
@@ -90,7 +85,6 @@ class Funnel:
             rerank_width=rerank_width,
             keep=max(rerank_width, query.k),
             quality=quality,
-            watched=watched,
             degradations=[USER_LATE] if query.person.is_late else [],
         )
 
@@ -103,7 +97,7 @@ class Funnel:
         least = 0
         if stage.stage is Stage.RETRIEVAL:  # the caller's own candidates are all kept
             least = scope.keep if query.candidates is None else wanted
-        scope.width, narrowing = narrowed(wanted, scope.quality, stage.fits(budget_s), least)
+        scope.width, narrowing = narrowed(wanted, scope.quality, stage.cost.fits(budget_s), least)
         try:
             if wanted and not scope.width:
                 raise TimeoutError
@@ -120,14 +114,15 @@ class Funnel:
         is_late = now >= until or fault is Outcome.LATE
         outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)
         shards = (scope.shards, scope.shards_ok) if stage.stage is Stage.RERANKING else (0, 0)
-        fates = _fates(scope.watched, output)
-        report = StageReport(stage.stage, wanted, done, len(output), now - started, outcome, fates, *shards)
+        report = StageReport(stage.stage, wanted, done, len(output), now - started, outcome, *shards)
         scope.reports.append(report)
         if outcome in REASONS:
             why = narrowing if not fault and done >= scope.width else None
             scope.degradations.append(degradation(stage.stage, outcome, why))
         is_short_of_time = narrowing == BY_TIME or (is_late and done < scope.width)
-        scope.extra_s += math.inf if is_short_of_time else stage.seconds(wanted) - stage.seconds(min(done, wanted))
+        scope.extra_s += (
+            math.inf if is_short_of_time else stage.cost.seconds(wanted) - stage.cost.seconds(min(done, wanted))
+        )
         return output
 
     def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
@@ -136,8 +131,7 @@ class Funnel:
         ranking = self.selection.select(scope, query, fine)
         _check_ranking(query, fine, ranking)
         took, outcome = time.monotonic() - started, Outcome.OK if len(fine) else Outcome.SKIPPED
-        fates = _fates(scope.watched, fine, shown=ranking.rows.tolist())
-        scope.reports.append(StageReport(Stage.SELECTION, len(fine), len(fine), len(ranking), took, outcome, fates))
+        scope.reports.append(StageReport(Stage.SELECTION, len(fine), len(fine), len(ranking), took, outcome))
         table = self.generation.manifest.loss
         loss = expected_loss(table, scope, fine) if table and scope.degradations else None
         return replace(
@@ -170,23 +164,6 @@ def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_
     if done:
         return Outcome.PARTIAL
     return Outcome.LATE if is_late else Outcome.FAILED
-
-
-def _fates(watched: tuple[int, ...], output: Candidates | Scored, shown: list[int] | None = None) -> tuple[Fate, ...]:
-    """What became of each watched row in this output; `shown` is the order that was chosen, if one was."""
-    if not watched:
-        return ()
-    if isinstance(output, Candidates):
-        rows, scores = output.rows, output.retrieval_scores
-    else:
-        rows, scores = output.candidates.rows, output.scores
-    score = dict(zip(rows.tolist(), scores.tolist(), strict=True))
-    order = rows[best_first(scores, rows)].tolist() if shown is None else shown
-    rank = {row: i for i, row in enumerate(order)}
-    why = {
-        row: "below the k best" if row in score else "did not reach this stage" for row in watched if row not in rank
-    }
-    return tuple(Fate(row, score.get(row), rank.get(row), why.get(row)) for row in watched)
 
 
 # ------------------------------------------------------------------------------------------ contracts

@@ -52,7 +52,8 @@ class Gate:
         self.waiting.append((priority, turn))
         self._let_in()
         if len(self.waiting) > max(1.0, QUEUE_SHARE * self.admission.limit):
-            _, last = min(reversed(self.waiting), key=_share)  # of the lowest priority, who came last
+            # Of the lowest priority, who came last.
+            _, last = min(reversed(self.waiting), key=lambda waiter: PRIORITY_SHARE[waiter[0]])
             last.cancel()
         try:
             if not turn.done():
@@ -78,7 +79,7 @@ class Gate:
         """Give permits that are free to those who wait: the highest priority first, then the oldest."""
         self.waiting = [waiter for waiter in self.waiting if not waiter[1].done()]  # without those who gave up
         while self.waiting:
-            priority, turn = first = max(self.waiting, key=_share)
+            priority, turn = first = max(self.waiting, key=lambda waiter: PRIORITY_SHARE[waiter[0]])
             is_at_floor = self.quality.is_at_floor(time.monotonic())
             if not self.admission.may_enter(self.inflight, priority, is_at_floor=is_at_floor):
                 break
@@ -96,7 +97,3 @@ class Gate:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_idle.wait(), limit_s)
         return not self.inflight
-
-
-def _share(waiter: tuple[str, "asyncio.Future[None]"]) -> float:
-    return PRIORITY_SHARE[waiter[0]]

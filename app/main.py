@@ -13,16 +13,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import uvicorn
 import uvloop
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import api, log
@@ -37,7 +33,8 @@ SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loo
 
 def create_app(service: Service) -> FastAPI:
     """The ranking port's application."""
-    app = _app("Winnow", api.routes(service), partial(RankingApp, service))
+    app = _app("Winnow", api.routes(service))
+    app.middleware_stack = api.ranking_first(service, app.build_middleware_stack())
     app.openapi = lambda: api.openapi(app, service)  # type: ignore[method-assign]
     return app
 
@@ -47,23 +44,8 @@ def create_admin_app(service: Service) -> FastAPI:
     return _app("Winnow admin", api.admin_routes(service))
 
 
-class RankingApp(FastAPI):
-    """FastAPI, with ranking in front of its ten layers, which cost as much as the linear stage."""
-
-    def __init__(self, service: Service, **options: Any) -> None:
-        super().__init__(**options)
-        self.service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/v1/rank"):
-            response = await api.answer(Request(scope, receive), self.service)
-            await response(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
-
-
-def _app(title: str, router: APIRouter, make: Callable[..., FastAPI] = FastAPI) -> FastAPI:
-    app = make(
+def _app(title: str, router: APIRouter) -> FastAPI:
+    app = FastAPI(
         title=title,
         version=version("winnow"),
         description="Funnel ranking inside a latency SLA.",

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from app import users, wire
 from app.bundle import Generation, load
+from app.control.deadline import Deadline
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
 from app.flow import Query, Ranking
 from app.funnel import Funnel
@@ -197,7 +198,8 @@ class Service:
         received_at, complete_at = arrived
         async with self.gate.permit(request.priority):
             with self._pinned() as serving:
-                deadline = wire.deadline(request, received_at, self.settings.sla_ms / 1e3)
+                timeout_s = self.gate.sla_s if request.timeout_ms is None else request.timeout_ms / 1e3
+                deadline = Deadline(received_at, timeout_s)  # made once, here
                 started = time.monotonic()
                 limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
                 found = await users.resolve(request.user.id, serving.generation, self.lookups, limit_s)

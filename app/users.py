@@ -8,7 +8,6 @@ known of is no error: an empty history and defaults.
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,15 +20,6 @@ from app.flow import Person, sealed
 
 # The part of a request that fields are sent in, by the prefix of their key.
 SENT_IN = {"user": "user.features", "context": "context", "query": "query"}
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request says of its person; `features` by schema key ("user.age"), as sent."""
-
-    user_id: int | str | None
-    history: list[int | str] | None
-    features: Mapping[str, Any]
 
 
 class Found(NamedTuple):
@@ -57,23 +47,25 @@ def look_up(user_id: int | str | None, generation: Generation) -> Found:
     return Found(int(generation.users.ids.rows([user_id])[0]))
 
 
-def person(asked: Asked, generation: Generation, found: Found) -> tuple[Person, int]:
-    """The person, and how many items of the sent history the catalogue doesn't have.
+def person(
+    sent: list[int | str] | None, features: Mapping[str, Any], generation: Generation, found: Found
+) -> tuple[Person, int]:
+    """With the history and the features (by schema key) that were sent; how many of its items the catalogue lacks.
 
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
     """
     rows, table = np.empty(0, np.int64), generation.users
     is_known = found.row != NO_ROW
-    if asked.history is not None:
-        rows = generation.ids.rows(asked.history)
+    if sent is not None:
+        rows = generation.ids.rows(sent)
     elif table and is_known and table.history is not None:
         rows = np.asarray(table.history[found.row], np.int64)
-    history, fields = rows[rows != NO_ROW], _fields(asked, generation, found.row)
-    n_ignored = 0 if asked.history is None else len(rows) - len(history)
+    history, fields = rows[rows != NO_ROW], _fields(features, generation, found.row)
+    n_ignored = 0 if sent is None else len(rows) - len(history)
     return Person(sealed(history), fields, is_known, found.is_late), n_ignored
 
 
-def _fields(asked: Asked, generation: Generation, row: int) -> dict[str, NDArray[Any]]:
+def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, NDArray[Any]]:
     """What was sent, else what the user table has in this row, else the defaults."""
     specs = {key: s for key, s in generation.manifest.features.fields.items() if key.partition(".")[0] in SENT_IN}
     tables = generation.users.tables if generation.users and row != NO_ROW else {}
@@ -82,7 +74,7 @@ def _fields(asked: Asked, generation: Generation, row: int) -> dict[str, NDArray
         for name, table in tables.items()
         if (spec := specs.get(f"user.{name}"))
     }
-    sent = {key: field_value(_where(key), key, value, generation) for key, value in asked.features.items()}
+    sent = {key: field_value(_where(key), key, value, generation) for key, value in features.items()}
     return {key: spec.filled() for key, spec in specs.items()} | stored | sent
 
 

@@ -32,9 +32,9 @@ def offline_query(request: dict[str, Any], generation: Generation) -> Query:
     return wire.to_query(parsed, parsed.request_id or "offline", generation, found)
 
 
-async def rank_offline(funnel: Funnel, query: Query, watched: tuple[int, ...] = ()) -> Ranking:
+async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     """The whole funnel with all the time it wants."""
-    return await funnel.rank(query, Deadline(time.monotonic(), UNHURRIED_S), watched=watched)
+    return await funnel.rank(query, Deadline(time.monotonic(), UNHURRIED_S))
 
 
 def measure(funnel: Funnel) -> None:

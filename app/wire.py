@@ -18,7 +18,6 @@ from pydantic_core import from_json
 
 from app import users
 from app.bundle import NO_ROW, Generation
-from app.control.deadline import Deadline
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
 from app.flow import Filter, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
@@ -153,7 +152,7 @@ class RankResponse(Wire):
 
 def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:
     """The body of a 200, in the form of RankResponse."""
-    reranking = ranking.report(Stage.RERANKING)
+    fine, lost = ranking.report(Stage.RERANKING), ranking.degradations
     scores = [s if math.isfinite(s) else None for s in ranking.scores.tolist()]
     labels = [stage.label for stage in Stage]  # once: it is a millisecond for a thousand items
     columns = zip(ids, scores, ranking.stages.tolist(), ranking.propensities.tolist(), strict=True)
@@ -162,15 +161,8 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
         "generation": ranking.generation,
         "items": [{"id": i, "score": score, "stage": labels[stage], "propensity": p} for i, score, stage, p in columns],
         "empty_reason": ranking.empty_reason,
-        "coverage": {
-            "wanted": reranking.wanted,
-            "reranked": reranking.done,
-            "shards_ok": reranking.shards_ok,
-            "shards": reranking.shards,
-        },
-        "degraded": [
-            {"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in ranking.degradations
-        ],
+        "coverage": {"wanted": fine.wanted, "reranked": fine.done, "shards_ok": fine.shards_ok, "shards": fine.shards},
+        "degraded": [{"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in lost],
         "expected_ndcg_loss": ranking.expected_ndcg_loss,
         "ignored": dict(query.ignored),
         "took_ms": took_ms,
@@ -230,16 +222,10 @@ def _path(error: Any, value: Any) -> tuple[int | str, ...]:
     return tuple(path)
 
 
-def deadline(request: RankRequest, received_at: float, sla_s: float) -> Deadline:
-    """Made once, from the moment the first header byte was read."""
-    return Deadline(received_at, sla_s if request.timeout_ms is None else request.timeout_ms / 1e3)
-
-
-def asked(request: RankRequest) -> users.Asked:
-    """What the request says of its person, features by schema key."""
+def asked(request: RankRequest) -> dict[str, Any]:
+    """The features of the request as a whole, by schema key."""
     sent = {"user": request.user.features, "context": request.context, "query": request.query}
-    features = {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
-    return users.Asked(request.user.id, request.user.history, features)
+    return {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
 
 
 def to_query(request: RankRequest, request_id: str, generation: Generation, found: users.Found) -> Query:
@@ -248,7 +234,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, foun
     Microseconds for a small body, up to 10 ms for the largest.
     Raises: InvalidRequest, for filters and features that this bundle doesn't have.
     """
-    person, n_ignored = users.person(asked(request), generation, found)
+    person, n_ignored = users.person(request.user.history, asked(request), generation, found)
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
     return Query(

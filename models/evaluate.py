@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from app.bundle import Generation, run_model
 from app.control.deadline import Deadline
 from app.errors import ClientError, StageFailed
-from app.features import Inputs, re_ranker_inputs
+from app.features import Inputs, item_inputs, request_inputs
 from app.flow import Candidates, Query, Ranking, Rows, Scored, Stage, best_first
 from app.funnel import offline_funnel
 from app.warmup import offline_query, prove, rank_offline
@@ -81,7 +81,8 @@ def embed(generation: Generation, queries: Iterable[Query]) -> Floats:
 def re_ranker_feeds(generation: Generation, query: Query, candidates: Candidates) -> dict[str, NDArray[Any]]:
     """What the re-ranker gets for these candidates, by input name."""
     given = Inputs(generation.tables, query.person, candidates, query.sent_with(candidates.rows))
-    return re_ranker_inputs(generation.manifest.features.re_ranker, given)
+    inputs = generation.manifest.features.re_ranker
+    return request_inputs(inputs, given.tables, given.person) | item_inputs(inputs, given)
 
 
 def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Floats:

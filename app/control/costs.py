@@ -8,10 +8,21 @@ a quantile and not a mean: one request that met a pause of 50 ms must not make t
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 QUANTILE = 0.8  # of the time that work takes: a width chosen by the median would be late every other time
 STEP = 0.05  # of one observation, in log seconds: 14 slow ones in a row double the estimate
 LARGEST = math.log(1e3)  # of the scale either way; a clock that jumps moves it no further
+
+
+class Estimate(Protocol):
+    """What work is expected to cost here and now."""
+
+    def fits(self, budget_s: float) -> int:
+        """How many items are expected to be done in so many seconds."""
+
+    def seconds(self, n: int) -> float:
+        """What n items are expected to take."""
 
 
 @dataclass(slots=True)
@@ -23,11 +34,10 @@ class Cost:
     log_scale: float = 0.0
 
     def seconds(self, n: float) -> float:
-        """What n items are expected to take."""
         return math.exp(self.log_scale) * (self.fixed + self.per_item * n)
 
     def fits(self, budget_s: float) -> int:
-        """The most items that are expected to be done in so many seconds; 0 when the fixed part doesn't fit."""
+        """0 when the fixed part doesn't fit."""
         left = budget_s / math.exp(self.log_scale) - self.fixed
         return max(0, int(min(left / max(self.per_item, 1e-12), 1e9)))
 

@@ -13,7 +13,7 @@ import numpy as np
 from app.bundle import Generation
 from app.control.costs import Cost
 from app.features import Inputs, named_features
-from app.flow import Candidates, Query, RequestScope, Scored, Scores, Stage, sealed
+from app.flow import Candidates, Query, RequestScope, Scored, Stage, sealed
 
 
 class Preranking:
@@ -28,12 +28,6 @@ class Preranking:
 
     def wanted(self, scope: RequestScope, query: Query, given: Candidates) -> int:
         return len(given)
-
-    def fits(self, budget_s: float) -> int:
-        return self.cost.fits(budget_s)
-
-    def seconds(self, n: int) -> float:
-        return self.cost.seconds(n)
 
     async def run(self, scope: RequestScope, query: Query, given: Candidates, until: float) -> Scored:
         """The arithmetic in a thread, for the `scope.width` nearest; what is late goes on there unheard."""
@@ -53,14 +47,12 @@ class Preranking:
             scores = 1 / (1 + np.exp(-logits))
         scored_by = np.full(len(candidates), self.stage, np.uint8)
         if n < len(candidates):
-            scores = np.concatenate([scores, self._carried(candidates.retrieval_scores[n:])])
+            # Retrieval scores on this stage's scale, by way of the re-ranker's, which both are calibrated to.
+            knots = self.generation.manifest.calibration
+            carried = knots.preranking.inverse()(knots.retrieval(candidates.retrieval_scores[n:]))
+            scores = np.concatenate([scores, carried])
             scored_by[n:] = Stage.RETRIEVAL
         return Scored(candidates, sealed(scores), self.stage, sealed(scored_by))
-
-    def _carried(self, retrieval_scores: Scores) -> Scores:
-        """Retrieval scores on this stage's scale, by way of the re-ranker's, which both are calibrated to."""
-        calibration = self.generation.manifest.calibration
-        return calibration.preranking.inverse()(calibration.retrieval(retrieval_scores))
 
     def substitute(self, scope: RequestScope, query: Query, given: Candidates) -> Scored:
         """The retrieval scores as they are, and said to be so."""

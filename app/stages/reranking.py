@@ -29,17 +29,10 @@ class Reranking:
 
     def __init__(self, generation: Generation, scorer: ShardScorer) -> None:
         self.generation = generation
-        self.scorer = scorer
+        self.scorer = self.cost = scorer
 
     def wanted(self, scope: RequestScope, query: Query, given: Scored) -> int:
         return min(scope.rerank_width, len(given))
-
-    def fits(self, budget_s: float) -> int:
-        """With no worker alive everything: `run` is to say what is wrong."""
-        return self.scorer.fits(budget_s) if self.scorer.n_workers else 1 << 30
-
-    def seconds(self, n: int) -> float:
-        return self.scorer.seconds(n)
 
     async def run(self, scope: RequestScope, query: Query, given: Scored, until: float) -> Scored:
         """Score the `scope.width` best; what isn't back by the instant `until` (seconds, monotonic) is carried."""

@@ -42,12 +42,6 @@ class Retrieval:
     def wanted(self, scope: RequestScope, query: Query, given: None) -> int:
         return scope.retrieve_width if query.candidates is None else len(query.candidates)
 
-    def fits(self, budget_s: float) -> int:
-        return self.cost.fits(budget_s)
-
-    def seconds(self, n: int) -> float:
-        return self.cost.seconds(n)
-
     async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
         """The search in a thread, `scope.width` wide; one that is late goes on there unheard."""
         started = time.monotonic()

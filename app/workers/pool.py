@@ -4,9 +4,9 @@ Workers pull: each holds one shard at a time and gets the next when it has answe
 that is late is sent once more to an idle worker, within a budget (control/hedging.py); the first to end wins, the
 other is stopped. What a dead worker held goes back to the head of the queue, from the first row that is missing.
 
-There are more processes than work at a time: spares are warm, and take over the moment one dies. A worker that
-doesn't answer is killed; one that dies again and again is started again ever later. The pool knows nothing of
-requests or stages. It is over 250 lines because both lives, a shard's and a worker's, meet here in every line.
+There are more processes than work at a time: spares are warm, and take over the moment one dies or becomes slow. A
+worker that doesn't answer is killed; one that dies again and again is started again ever later. The pool knows nothing
+of requests or stages. It is over 250 lines because both lives, a shard's and a worker's, meet here in every line.
 """
 
 import asyncio
@@ -36,6 +36,9 @@ LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
 STEADY_S = 10.0  # a worker that lived so long starts its next life with a clean record
 BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled for each early death, and the most
+RECENT = 0.2  # weight of a slice in what a worker's rows take it
+SLOW = 4.0  # times the fastest worker's: a spare is better
+FORGIVEN = 0.99  # of it is left after a look: a worker ten times slower is tried again after 20 s
 ROUND_TRIP_S = 5e-4  # to a worker and back, with the rows of a shard made into inputs
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
     offset: the first row that it was given of its job. owes: what it must answer within so many looks.
+    row_s: what a row took it lately; one that isn't used is slowly forgiven.
     """
 
     number: int
@@ -75,6 +79,7 @@ class _Worker:
     job: _Job | None = None
     run: int = 0
     offset: int = 0
+    row_s: float = 0.0
     owes: dict[Kind, int] = field(default_factory=dict)
 
 
@@ -108,6 +113,12 @@ class WorkerPool:
     def n_workers(self) -> int:
         return min(self.n_wanted, len(self.ready))
 
+    @property
+    def used(self) -> list[_Worker]:
+        """Those that get shards: the first that are wanted, but spares before one that has become slow."""
+        fastest_s = min((w.row_s for w in self.ready), default=0.0)
+        return sorted(self.ready, key=lambda w: w.row_s > SLOW * max(fastest_s, 1e-6))[: self.n_wanted]
+
     def pids(self) -> dict[int, int]:
         """Process ids of the living workers, by worker number."""
         return {w.number: w.process.pid for w in self.ready}
@@ -117,8 +128,8 @@ class WorkerPool:
         return sum(w.state == state for w in self.workers)
 
     def fits(self, budget_s: float) -> int:
-        """Rows that all workers together are expected to score in so many seconds, after those that wait already."""
-        return max(0, self.cost.fits(budget_s) * self.n_workers - self.backlog)
+        """After the rows that wait already. With no worker alive everything: re-ranking is to say what is wrong."""
+        return max(0, self.cost.fits(budget_s) * self.n_workers - self.backlog) if self.n_workers else 1 << 30
 
     def seconds(self, n: int) -> float:
         return self.cost.seconds(n / max(self.n_workers, 1))
@@ -153,7 +164,7 @@ class WorkerPool:
 
     def _hand_out(self) -> None:
         """Give waiting shards to idle workers, oldest first, then late ones, which are running, a second time."""
-        now, idle = time.monotonic(), [w for w in self.ready[: self.n_wanted] if w.job is None]
+        now, idle = time.monotonic(), [w for w in self.used if w.job is None]
         while self.queue and idle:
             job = self.queue.popleft()
             if job.shard.until <= now:
@@ -188,6 +199,7 @@ class WorkerPool:
     def _deliver(self, worker: _Worker, job: _Job, got: Slice) -> bool:
         """Deliver what is new in a slice, for another worker may have been faster. Returns whether it is the last."""
         self.cost.observe(len(got.scores), got.seconds + ROUND_TRIP_S)
+        worker.row_s += RECENT * (got.seconds / max(len(got.scores), 1) - worker.row_s)
         n_new = worker.offset + got.start + len(got.scores) - job.done
         if n_new > 0 and not job.answer.done():
             job.deliver(job.done, got.scores[-n_new:])
@@ -321,6 +333,7 @@ class WorkerPool:
                     worker.process.kill()
                 if worker.is_ready.is_set():
                     self._ask(worker, Kind.PING)
+                    worker.row_s *= FORGIVEN
 
 
 class _Stream(asyncio.Protocol):

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from app.bundle import run_model
+from app.control.costs import Estimate
 from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Candidates, Person, Scores
@@ -38,18 +39,12 @@ class Shard:
         return Shard(self.person, self.candidates.take(rows), fields, self.until)
 
 
-class ShardScorer(Protocol):
-    """An engine that scores shards."""
+class ShardScorer(Estimate, Protocol):
+    """An engine that scores shards, and its estimate of what rows cost over all workers."""
 
     @property
     def n_workers(self) -> int:
         """How many shards it can score at once, now; may be 0."""
-
-    def fits(self, budget_s: float) -> int:
-        """How many rows, over all workers, are expected to be scored in so many seconds."""
-
-    def seconds(self, n: int) -> float:
-        """What n rows are expected to take, over all workers, when nothing else is scored."""
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """Slices go to `deliver` as they come; the future ends with the shard, or in StageFailed.

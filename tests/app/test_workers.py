@@ -201,6 +201,24 @@ async def test_the_shard_of_a_dying_worker_is_scored_by_its_successor(generation
     await pool.close()
 
 
+async def test_a_spare_gets_the_shards_of_a_worker_four_times_slower_until_that_is_forgiven(generation):
+    pool = Watched(generation, 2, spares=1)
+    first, second, spare = pool.workers
+    for worker in pool.workers:
+        worker.is_ready.set()
+        worker.row_s = 1e-5
+    assert pool.used == [first, second]
+    first.row_s = 3.9e-5
+    assert pool.used == [first, second]
+    first.row_s = 1e-4
+    assert pool.used == [second, spare]
+    first.row_s *= 0.99**92  # looks, 18 seconds of them
+    assert pool.used == [first, second]
+    spare.is_ready.clear()
+    first.row_s = 1.0
+    assert pool.used == [second, first]  # a slow one is better than none
+
+
 async def test_a_spare_takes_over_at_once(generation, threads, small_shards):
     pool = Watched(generation, 2, spares=1)
     await pool.start()
