@@ -33,8 +33,6 @@ from app.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
-YIELDING = 19  # the lowest priority, for the process that proves a bundle while another is served
-
 
 @dataclass(slots=True, eq=False)
 class Serving:
@@ -218,7 +216,7 @@ async def _prove_apart(path: Path) -> None:
     command = (sys.executable, "-m", "app", "check", str(path))
     process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
     try:
-        os.setpriority(os.PRIO_PROCESS, process.pid, YIELDING)
+        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
         _, said = await process.communicate()
     finally:
         if process.returncode is None:
