@@ -18,14 +18,13 @@ N, D = 2_000, 16
 WIDTH, KEEP = N // 10, N // 40
 
 
-def make(out: Path, seed: int, threads: int) -> None:
-    """By the command, in a process whose numpy may use so many threads."""
+def start(out: Path, seed: int, threads: int) -> subprocess.Popen[bytes]:
+    """The command, in a process whose numpy may use so many threads."""
     command = [sys.executable, "-m", "models", "synthesize", "--items", str(N), "--dim", str(D)]
-    subprocess.run(
+    return subprocess.Popen(
         [*command, "--seed", str(seed), "--out", str(out)],
         env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": str(threads)},
-        check=True,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
     )
 
 
@@ -33,8 +32,9 @@ def make(out: Path, seed: int, threads: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seed 0, seed 0 again and seed 1, made at the same instant."""
     root = tmp_path_factory.mktemp("worlds")
-    for name, seed, threads in (("first", 0, 1), ("again", 0, 2), ("other", 1, 1)):
-        make(root / name / "w1", seed, threads)
+    worlds = (("first", 0, 1), ("again", 0, 2), ("other", 1, 1))
+    made = [start(root / name / "w1", seed, threads) for name, seed, threads in worlds]
+    assert [process.wait() for process in made] == [0, 0, 0]
     return root
 
 
