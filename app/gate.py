@@ -17,6 +17,7 @@ from app.errors import CapacityError
 from app.metrics import Metrics
 
 WAIT_SHARE = 0.01  # of the SLA that a request may wait for a permit: enough for an order by priority
+AIM = 0.85  # of the SLA, where quality puts its percentile: a client's clock starts before ours and ends after it
 QUEUE_SHARE = 0.25  # of the limit that may wait
 
 
@@ -73,7 +74,7 @@ class Gate:
         now = time.monotonic()
         is_at_floor = self.quality.is_at_floor(now)
         self.admission.finished(now, latency_s, self.inflight, is_at_floor=is_at_floor)
-        self.quality.finished(now, is_in_time=latency_s + extra_s <= self.sla_s)
+        self.quality.finished(now, is_in_time=latency_s + extra_s <= AIM * self.sla_s)
 
     def _let_in(self) -> None:
         """Give permits that are free to those who wait: the highest priority first, then the oldest."""

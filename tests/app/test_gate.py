@@ -143,7 +143,7 @@ async def test_above_the_floor_nobody_is_refused_below_the_hard_limit(gate):
 
 async def test_what_the_full_widths_would_have_taken_counts_against_quality(gate):
     gate.quality = Quality()
-    gate.finished(0.4 * SLA_S, extra_s=0.5 * SLA_S)
+    gate.finished(0.4 * SLA_S, extra_s=0.4 * SLA_S)
     assert gate.quality.value == 1.0
-    gate.finished(0.4 * SLA_S, extra_s=0.7 * SLA_S)
+    gate.finished(0.4 * SLA_S, extra_s=0.5 * SLA_S)
     assert gate.quality.value < 1.0
