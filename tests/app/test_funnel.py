@@ -12,7 +12,7 @@ import pytest
 from app.control.carrying import PRIOR_ROWS, to_request_scale
 from app.control.deadline import Deadline
 from app.errors import ContractError, DeadlineMissed, StageFailed
-from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, sealed
+from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, best_first, sealed
 from app.funnel import Funnel, offline_funnel, require_full
 from app.stages.selection import Selection
 from app.warmup import offline_query, rank_offline
@@ -217,6 +217,16 @@ async def test_every_item_that_was_retrieved_is_shown_or_dropped_once(funnel, as
     dropped = set(coarse) - set(fine), set(fine) - set(shown)  # before re-ranking, and by selection
     assert sorted([*shown, *dropped[0], *dropped[1]]) == sorted(retrieved)
     assert len(shown) == min(query.k, len(retrieved))
+
+
+async def test_the_best_come_first_ties_by_row_and_what_is_not_finite_last():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(0, 60))
+        scores, rows = rng.integers(0, 12, n).astype(np.float32), rng.permutation(1_000)[:n]
+        scores[rng.random(n) < 0.1], scores[rng.random(n) < 0.1] = np.nan, -np.inf
+        by_both = np.lexsort((rows, np.where(np.isfinite(scores), -scores, np.inf)))
+        assert best_first(scores, rows).tolist() == by_both.tolist()
 
 
 async def test_reports_give_the_widths_of_the_drawing(funnel, ask):
