@@ -144,7 +144,7 @@ def _of_serving(held: Serving) -> dict[str, Any]:
 
 
 def ranking_first(service: Service, others: ASGIApp) -> ASGIApp:
-    """FastAPI's ten layers cost as much as the linear stage: what is asked all the time goes past them."""
+    """Ranking goes past FastAPI's ten layers, which it has no use for; everything else goes through them."""
 
     async def called(scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["type"], scope.get("method"), scope["path"]) == ("http", "POST", "/v1/rank"):

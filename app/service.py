@@ -219,7 +219,7 @@ async def _prove_apart(path: Path) -> None:
         os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
         _, said = await asyncio.to_thread(process.communicate)
     finally:
-        process.kill()  # who has ended is past it
+        process.kill()  # nothing happens to one that has ended
     if process.returncode:
         lines = said.decode(errors="replace").strip().splitlines() or [f"ended with code {process.returncode}"]
         raise BundleError(lines[-1].removeprefix("refused: "))

@@ -164,7 +164,7 @@ class Retrieval:
 
 
 def is_other(rows: Rows, excluded: Rows) -> NDArray[np.bool_]:
-    """bool[len(rows)]: rows that are not among these, which are sorted; a few of them make it a fifth of np.isin."""
+    """bool[len(rows)]: rows that are not among these, which are sorted. For fifty, half of np.isin's time."""
     if not len(excluded):
         return np.ones(len(rows), np.bool_)
     return np.asarray(excluded[np.searchsorted(excluded, rows) % len(excluded)] != rows)
