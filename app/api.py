@@ -162,11 +162,10 @@ async def answer(request: Request, service: Service) -> Response:
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
         sent = await _body(request)
-        is_large = len(sent) > wire.LARGE_BODY
-        asked = await asyncio.to_thread(wire.parse, sent) if is_large else wire.parse(sent)
+        asked = await asyncio.to_thread(wire.parse, sent) if len(sent) > wire.LARGE_BODY else wire.parse(sent)
         request_id = asked.request_id or request_id
         complete_at = request.scope.get("winnow.complete_at", received_at)
-        answered = await service.rank(asked, request_id, (received_at, complete_at), is_large=is_large)
+        answered = await service.rank(asked, request_id, (received_at, complete_at))
         if answered.query.is_strict:
             require_full(answered.ranking)
         total_s = time.monotonic() - received_at

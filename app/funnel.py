@@ -7,12 +7,15 @@ them. It does not own what a stage does (stages/), what replaces what (control/d
 rules (control/deadline.py). A fault costs quality, never the answer; a broken contract is our bug and raises.
 """
 
+import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
+Done = TypeVar("Done")
 
 
 class FunnelStage(Protocol[Given, Output]):
@@ -54,25 +58,51 @@ class FunnelStage(Protocol[Given, Output]):
         """What takes its place; quick, and never fails."""
 
 
+class Resolve(Protocol):
+    """Who asks for what, in rows of the generation."""
+
+    def __call__(self, *, is_late: bool) -> Query:
+        """is_late: there is no time to look the person up. Raises InvalidRequest."""
+
+
 class Funnel:
     """The funnel over one generation. `threads` run what holds no Python lock; `scorer` runs the deep model."""
 
     def __init__(
         self, generation: Generation, scorer: ShardScorer, threads: Executor, reply_reserve_s: float = 0.0
     ) -> None:
-        self.generation, self.reply_reserve_s = generation, reply_reserve_s
-        self.retrieval = Retrieval(generation, threads)
-        self.preranking = Preranking(generation, threads)
+        self.generation, self.threads, self.reply_reserve_s = generation, threads, reply_reserve_s
+        self.retrieval = Retrieval(generation)
+        self.preranking = Preranking(generation)
         self.reranking = Reranking(generation, scorer)
         self.selection = Selection()
 
-    async def rank(self, query: Query, deadline: Deadline, quality: float = 1.0) -> Ranking:
-        """The best min(k, candidates) items, in time. Raises ContractError, which is always our bug."""
-        scope = self.open_scope(query, deadline, quality)
-        found = await self.run(self.retrieval, scope, query, None)
-        coarse = await self.run(self.preranking, scope, query, found)
+    async def rank(self, resolve: Resolve, deadline: Deadline, quality: float = 1.0) -> tuple[Query, Ranking]:
+        """The query as resolved, and the best min(k, candidates) items for it, in time.
+
+        Raises: what `resolve` raises; ContractError, which is always our bug.
+        """
+        narrow = partial(self._narrow, resolve, deadline, quality)
+        share = self.generation.manifest.funnel.budgets.preranking
+        limit_s = deadline.limit(share, time.monotonic(), self.reply_reserve_s)
+        # One hop for all of it: between three a request would wait three times for the interpreter.
+        work = asyncio.get_running_loop().run_in_executor(self.threads, _outcome_of, narrow)
+        try:
+            query, scope, coarse = await asyncio.wait_for(work, limit_s)
+        except TimeoutError:  # a search can't be stopped: it goes on in its thread, unheard
+            query, scope, coarse = await asyncio.to_thread(_outcome_of, partial(narrow, is_late=True))
         fine = await self.run(self.reranking, scope, query, coarse.top(scope.keep))
-        return self.select(scope, query, fine)
+        return query, self.select(scope, query, fine)
+
+    async def _narrow(
+        self, resolve: Resolve, deadline: Deadline, quality: float, *, is_late: bool = False
+    ) -> tuple[Query, RequestScope, Scored]:
+        """All that needs no worker, and so never waits."""
+        query = resolve(is_late=is_late)
+        scope = self.open_scope(query, deadline, quality)
+        found = await self.run(self.retrieval, scope, query, None, is_late=is_late)
+        coarse = await self.run(self.preranking, scope, query, found, is_late=is_late)
+        return query, scope, coarse
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
@@ -88,8 +118,19 @@ class Funnel:
             degradations=[USER_LATE] if query.person.is_late else [],
         )
 
-    async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
-        """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
+    async def run(
+        self,
+        stage: FunnelStage[Given, Output],
+        scope: RequestScope,
+        query: Query,
+        given: Given,
+        *,
+        is_late: bool = False,
+    ) -> Output:
+        """One stage at the width that fits its budget: its output, or what takes its place; checked and reported.
+
+        is_late: its time is over already.
+        """
         started, fault = time.monotonic(), None
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
         budget_s = scope.deadline.limit(share, started, self.reply_reserve_s)
@@ -99,7 +140,7 @@ class Funnel:
             least = scope.keep if query.candidates is None else wanted
         scope.width, narrowing = narrowed(wanted, scope.quality, stage.cost.fits(budget_s), least)
         try:
-            if wanted and not scope.width:
+            if is_late or (wanted and not scope.width):
                 raise TimeoutError
             output = await stage.run(scope, query, given, until)
         except TimeoutError:
@@ -147,6 +188,15 @@ def offline_funnel(generation: Generation, threads: Executor) -> Funnel:
     features = generation.manifest.features
     model = ShardModel(generation.re_ranker, features.re_ranker, generation.tables)
     return Funnel(generation, InProcess(model), threads)
+
+
+def _outcome_of(work: Callable[[], Coroutine[Any, Any, Done]]) -> Done:
+    """The outcome of a coroutine that never waits, without an event loop."""
+    try:
+        work().send(None)
+    except StopIteration as finished:
+        return cast("Done", finished.value)
+    raise RuntimeError("it waited")
 
 
 def require_full(ranking: Ranking) -> Ranking:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
-from app import users, wire
+from app import wire
 from app.bundle import Generation, load
 from app.control.deadline import Deadline
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
@@ -48,7 +48,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A request's outcome in the terms of the generation that served it. users_s: finding out who asks."""
+    """A request's outcome in the terms of the generation that served it. users_s: a thread's turn, and who asks."""
 
     query: Query
     ranking: Ranking
@@ -65,8 +65,6 @@ class Service:
         self.metrics = Metrics(settings.sla_ms / 1e3)
         self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
         self.threads = ThreadPoolExecutor(settings.threads, "stage")
-        # Its own thread: behind four slow searches a look-up of microseconds would be late.
-        self.lookups = ThreadPoolExecutor(1, "users")
         self.held: dict[str, Serving] = {}  # by role: serving, previous, candidate
         self.metrics.watch(self.held)
         # The last bundle that was offered: path, state (loading, ready, failed), error.
@@ -107,7 +105,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
         self.threads.shutdown(wait=False, cancel_futures=True)
-        self.lookups.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_ready(self) -> bool:
@@ -184,14 +181,10 @@ class Service:
 
     # -------------------------------------------------------------------------------------- requests
 
-    async def rank(
-        self, request: wire.RankRequest, request_id: str, arrived: tuple[float, float], *, is_large: bool = False
-    ) -> Answered:
+    async def rank(self, request: wire.RankRequest, request_id: str, arrived: tuple[float, float]) -> Answered:
         """One request, from its schema to the ranked ids. Raises any of errors.py.
 
-        Args:
-            arrived: when the first byte of its head and the last of its body were read, seconds.
-            is_large: its ids and features take over a millisecond to look up, so that a thread does it.
+        arrived: when the first byte of its head and the last of its body were read, seconds.
         """
         received_at, complete_at = arrived
         async with self.gate.permit(request.priority):
@@ -199,12 +192,9 @@ class Service:
                 timeout_s = self.gate.sla_s if request.timeout_ms is None else request.timeout_ms / 1e3
                 deadline = Deadline(received_at, timeout_s)  # made once, here
                 started = time.monotonic()
-                limit_s = min(self.settings.user_limit_ms / 1e3, deadline.remaining(started))
-                found = await users.resolve(request.user.id, serving.generation, self.lookups, limit_s)
-                users_s = time.monotonic() - started
-                resolve = partial(wire.to_query, request, request_id, serving.generation, found)
-                query = await asyncio.to_thread(resolve) if is_large else resolve()
-                ranking = await serving.funnel.rank(query, deadline, self.gate.quality.now(started))
+                resolve = partial(wire.to_query, request, request_id, serving.generation)
+                query, ranking = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started))
+                users_s = time.monotonic() - started - sum(report.seconds for report in ranking.reports)
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(time.monotonic() - complete_at, ranking.extra_s)
                 self.metrics.ranking(ranking)

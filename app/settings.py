@@ -54,7 +54,6 @@ class Settings:
     # More than cores only pass the interpreter lock around.
     threads: int = tunable(os.cpu_count() or 1, "threads for tower, index and linear stage", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
-    user_limit_ms: float = tunable(5.0, "time to find out who asks, else they are unknown", low=0.1, high=1e3)
     reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)
     max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)
     receive_s: float = tunable(5.0, "time for a client to send a request; slower ones are cut off", low=0.1, high=600)

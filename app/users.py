@@ -1,19 +1,17 @@
 """What is known of the person a request is for: `resolve`.
 
-The request comes first, then the bundle's user table by external id, then the schema's defaults. The look-up has a
-time limit; when it is late the person is who the request says, and the answer says so. A person nothing is
-known of is no error: an empty history and defaults.
+The request comes first, then the bundle's user table by external id, then the schema's defaults. It runs in a thread
+and has the time that retrieval and pre-ranking have (funnel.py); when it is late the person is who the request says,
+and the answer says so. A person nothing is known of is no error: an empty history and defaults.
 """
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import NO_ROW, Generation
+from app.bundle import NO_ROW, Generation, Users
 from app.errors import FieldError, InvalidRequest, shown
 from app.features import FieldSpec
 from app.flow import Person, sealed
@@ -29,22 +27,16 @@ class Found(NamedTuple):
     is_late: bool = False
 
 
-async def resolve(user_id: int | str | None, generation: Generation, threads: Executor, limit_s: float) -> Found:
-    """Where the user table has this person, if it can be found out in time."""
+def resolve(user_id: int | str | None, generation: Generation, *, is_late: bool = False) -> Found:
+    """Where the user table has this person; is_late: it can't be waited for any more."""
     if generation.users is None or user_id is None:
         return Found()
-    work = asyncio.get_running_loop().run_in_executor(threads, look_up, user_id, generation)
-    try:
-        return await asyncio.wait_for(work, limit_s)
-    except TimeoutError:
-        return Found(is_late=True)
+    return Found(is_late=True) if is_late else Found(look_up(user_id, generation.users))
 
 
-def look_up(user_id: int | str | None, generation: Generation) -> Found:
-    """The same, however long it takes."""
-    if generation.users is None or user_id is None:
-        return Found()
-    return Found(int(generation.users.ids.rows([user_id])[0]))
+def look_up(user_id: int | str, users: Users) -> int:
+    """The person's row, or NO_ROW."""
+    return int(users.ids.rows([user_id])[0])
 
 
 def person(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from app import users, wire
+from app import wire
 from app.bundle import Generation
 from app.control.costs import fitted
 from app.control.deadline import Deadline
@@ -28,13 +28,13 @@ MEASURED_TWICE = 2
 def offline_query(request: dict[str, Any], generation: Generation) -> Query:
     """A request in wire form, resolved as online. Raises ClientError."""
     parsed = wire.parse(orjson.dumps(request))
-    found = users.look_up(parsed.user.id, generation)
-    return wire.to_query(parsed, parsed.request_id or "offline", generation, found)
+    return wire.to_query(parsed, parsed.request_id or "offline", generation)
 
 
 async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     """The whole funnel with all the time it wants."""
-    return await funnel.rank(query, Deadline(time.monotonic(), UNHURRIED_S))
+    _, ranking = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), UNHURRIED_S))
+    return ranking
 
 
 def measure(funnel: Funnel) -> None:

@@ -23,6 +23,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from app.control.deadline import Deadline
+from app.flow import Query, Ranking
+from app.funnel import Funnel
+
 N, D, GROUPS, READ = 50, 8, 5, 5  # items, dimensions, groups, items of the history that models read
 RETRIEVE, RERANK, K = 40, 32, 5
 ITEM_IDS = 1000 + np.arange(N) * 7 % N  # another order than the rows
@@ -267,3 +271,9 @@ def _model(
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+async def rank_by(deadline: Deadline, funnel: Funnel, query: Query) -> Ranking:
+    """The funnel's answer to a query that is resolved already."""
+    _, ranking = await funnel.rank(lambda is_late: query, deadline)
+    return ranking

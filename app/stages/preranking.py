@@ -4,9 +4,7 @@ It owns the arithmetic of the linear model, not that of the features (features.p
 (`Scored.top` in funnel.py).
 """
 
-import asyncio
 import time
-from concurrent.futures import Executor
 
 import numpy as np
 
@@ -21,8 +19,8 @@ class Preranking:
 
     stage = Stage.PRERANKING
 
-    def __init__(self, generation: Generation, threads: Executor) -> None:
-        self.generation, self.threads = generation, threads
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
         self.model = generation.pre_ranker
         self.cost = Cost(1e-3, 1e-7)
 
@@ -30,10 +28,9 @@ class Preranking:
         return len(given)
 
     async def run(self, scope: RequestScope, query: Query, given: Candidates, until: float) -> Scored:
-        """The arithmetic in a thread, for the `scope.width` nearest; what is late goes on there unheard."""
+        """The arithmetic, for the `scope.width` nearest."""
         started = time.monotonic()
-        work = asyncio.get_running_loop().run_in_executor(self.threads, self.score, query, given, scope.width)
-        scored = await asyncio.wait_for(work, until - started)
+        scored = self.score(query, given, scope.width)
         self.cost.observe(scope.width, time.monotonic() - started)
         return scored
 

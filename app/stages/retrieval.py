@@ -5,9 +5,7 @@ where few rows match a filter, or the index kind can't select, the matching rows
 are always exact inner products with the stored embeddings, whatever the index approximates.
 """
 
-import asyncio
 import time
-from concurrent.futures import Executor
 from functools import reduce
 from operator import and_
 from typing import Any
@@ -33,8 +31,8 @@ class Retrieval:
 
     stage = Stage.RETRIEVAL
 
-    def __init__(self, generation: Generation, threads: Executor) -> None:
-        self.generation, self.threads = generation, threads
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
         self.retriever = generation.manifest.retrievers[0]
         self.embedding = generation.tables["embedding"]
         self.cost = Cost(1e-3, 1e-7)
@@ -43,10 +41,9 @@ class Retrieval:
         return scope.retrieve_width if query.candidates is None else len(query.candidates)
 
     async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
-        """The search in a thread, `scope.width` wide; one that is late goes on there unheard."""
+        """The search, `scope.width` wide; it can't be stopped half-way."""
         started = time.monotonic()
-        work = asyncio.get_running_loop().run_in_executor(self.threads, self.search, query, scope.width)
-        found = await asyncio.wait_for(work, until - started)
+        found = self.search(query, scope.width)
         if query.candidates is None:
             self.cost.observe(scope.width, time.monotonic() - started)
         return found

@@ -71,7 +71,7 @@ def over(request, generation, threads):
         popular=np.arange(N)[::-1].copy(),
         manifest=generation.manifest.model_copy(update={"retrievers": (retriever,)}),
     )
-    return Retrieval(patched, threads)
+    return Retrieval(patched)
 
 
 def satisfies(row: int, condition: Filter) -> bool:

@@ -204,8 +204,8 @@ async def test_every_item_that_was_retrieved_is_shown_or_dropped_once(funnel, as
     outputs = []
     run = funnel.run
 
-    async def kept(*given):
-        outputs.append(await run(*given))
+    async def kept(*given, **named):
+        outputs.append(await run(*given, **named))
         return outputs[-1]
 
     funnel.run = kept
@@ -307,7 +307,7 @@ async def test_a_search_that_hangs_is_late_and_the_request_is_answered(generatio
     with ThreadPoolExecutor(2) as threads:
         funnel = offline_funnel(generation, threads)
         funnel.retrieval.search = lambda *_: released.wait(60)
-        ranking = await funnel.rank(ask(), Deadline(time.monotonic(), 1.0))
+        ranking = await world.rank_by(Deadline(time.monotonic(), 1.0), funnel, ask())
         released.set()
     assert Degradation(Stage.RETRIEVAL, "late", "popular items") in ranking.degradations
     assert len(ranking) == world.K
@@ -331,7 +331,7 @@ async def test_without_pre_ranking_the_retrieval_scores_take_its_place(funnel, a
 
 async def test_when_no_worker_answers_the_pre_rank_scores_stand(funnel, ask, generation):
     funnel.reranking.scorer = Workers(2, lambda *_: None)
-    ranking = await funnel.rank(ask(user={"history": ids(20)}), Deadline(time.monotonic(), 0.5))
+    ranking = await world.rank_by(Deadline(time.monotonic(), 0.5), funnel, ask(user={"history": ids(20)}))
     report = ranking.report(Stage.RERANKING)
     assert (report.wanted, report.done, report.shards, report.shards_ok) == (32, 0, 2, 0)
     assert report.outcome is Outcome.LATE
@@ -351,7 +351,7 @@ async def test_late_shards_keep_their_pre_rank_score(funnel, ask, generation):
     answer = lambda number, shard: None if number else carried[shard.candidates.rows] + np.float32(3)  # noqa: E731
     funnel.reranking.scorer = Workers(2, answer)
     query = ask(user={"history": ids(20)}, k=32)
-    ranking = await funnel.rank(query, Deadline(time.monotonic(), 1.0))
+    ranking = await world.rank_by(Deadline(time.monotonic(), 1.0), funnel, query)
     report = ranking.report(Stage.RERANKING)
     assert (report.wanted, report.done, report.shards, report.shards_ok) == (32, 16, 2, 1)
     assert ranking.degradations == (Degradation(Stage.RERANKING, "partial", "pre-rank scores"),)
@@ -373,7 +373,7 @@ async def test_a_shard_nobody_waits_for_any_more_is_cancelled(funnel, ask):
             return submitted[-1]
 
     funnel.reranking.scorer = Hung(2, lambda *_: None)
-    await funnel.rank(ask(), Deadline(time.monotonic(), 0.2))
+    await world.rank_by(Deadline(time.monotonic(), 0.2), funnel, ask())
     assert [f.cancelled() for f in submitted] == [True, True]
 
 
@@ -387,7 +387,7 @@ async def test_with_everything_broken_there_are_still_k_items(funnel, ask):
 
 async def test_a_deadline_that_has_passed_still_gives_k_items(funnel, ask):
     funnel.reranking.scorer = Workers(1, lambda *_: None)
-    ranking = await funnel.rank(ask(), Deadline(time.monotonic() - 1.0, 0.5))
+    ranking = await world.rank_by(Deadline(time.monotonic() - 1.0, 0.5), funnel, ask())
     assert len(ranking) == world.K
     assert [d.reason for d in ranking.degradations] == ["late"] * 3
 

@@ -31,7 +31,7 @@ def other(bundle, tmp_path_factory):
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def service(bundle):
-    service = Service(Settings(bundle=bundle, workers=1, spares=0, sla_ms=5000.0, user_limit_ms=1000.0, linger_s=0.0))
+    service = Service(Settings(bundle=bundle, workers=1, spares=0, sla_ms=5000.0, linger_s=0.0))
     await service.start()
     yield service
     await service.stop()

@@ -238,7 +238,7 @@ async def test_a_worker_that_hangs_is_late_then_killed_and_replaced(generation, 
     await pool.start()
     funnel, pid = Funnel(generation, pool, threads), pool.pids()[0]
     os.kill(pid, signal.SIGSTOP)
-    late = await funnel.rank(person(0, generation), Deadline(time.monotonic(), 0.5))
+    late = await world.rank_by(Deadline(time.monotonic(), 0.5), funnel, person(0, generation))
     assert late.report(Stage.RERANKING).outcome is Outcome.LATE
     assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in late.degradations
     assert len(late) == world.K
@@ -306,7 +306,9 @@ async def test_with_no_worker_alive_every_request_is_still_answered(generation, 
     os.kill(pool.pids()[0], signal.SIGKILL)
     await asyncio.wait_for(pool.restarted.wait(), 60)
     assert pool.n_workers == 0
-    ranking = await Funnel(generation, pool, threads).rank(person(2, generation), Deadline(time.monotonic(), 0.2))
+    ranking = await world.rank_by(
+        Deadline(time.monotonic(), 0.2), Funnel(generation, pool, threads), person(2, generation)
+    )
     assert len(ranking) == world.K
     assert {d.stage for d in ranking.degradations} >= {Stage.RERANKING}
     await replaced(pool)
