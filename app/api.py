@@ -155,9 +155,28 @@ def ranking_first(service: Service, others: ASGIApp) -> ASGIApp:
     return called
 
 
+def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
+    """The answer to a ranking request that could get no permit, whatever else it says; None where it may get one.
+
+    Without a look at the keys or the schema: a refusal must cost next to nothing. Who names a priority is read.
+    """
+    is_ranking = (scope["method"], scope["path"]) == ("POST", "/v1/rank")
+    if not is_ranking or service.gate.has_room() or b'"priority"' in body:
+        scope["winnow.coming"] = int(is_ranking)
+        service.gate.coming += int(is_ranking)
+        return None
+    request_id = _request_id(Request(scope))
+    response, outcome = problem(service.gate.refusal(), request_id)
+    seconds = time.monotonic() - scope["winnow.received_at"]
+    service.metrics.request(outcome, seconds)
+    _log(None, request_id=request_id, outcome=outcome, status=response.status_code, ms=_ms(seconds))
+    return response
+
+
 async def answer(request: Request, service: Service) -> Response:
     """The ranking, or the problem, of one request."""
     received_at = request.scope.get("winnow.received_at", time.monotonic())
+    service.gate.coming -= request.scope.get("winnow.coming", 0)
     request_id, answered = _request_id(request), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")

@@ -91,7 +91,7 @@ class Funnel:
             query, scope, coarse = await asyncio.wait_for(work, limit_s)
         except TimeoutError:  # a search can't be stopped: it goes on in its thread, unheard
             query, scope, coarse = await asyncio.to_thread(_outcome_of, partial(narrow, is_late=True))
-        fine = await self.run(self.reranking, scope, query, coarse.top(scope.keep))
+        fine = await self.run(self.reranking, scope, query, coarse)
         return query, self.select(scope, query, fine)
 
     async def _narrow(
@@ -102,7 +102,7 @@ class Funnel:
         scope = self.open_scope(query, deadline, quality)
         found = await self.run(self.retrieval, scope, query, None, is_late=is_late)
         coarse = await self.run(self.preranking, scope, query, found, is_late=is_late)
-        return query, scope, coarse
+        return query, scope, coarse.top(scope.keep)
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""

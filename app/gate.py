@@ -35,6 +35,7 @@ class Gate:
         self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
         self.inflight = 0
+        self.coming = 0  # found room, and will ask for a permit in a moment
         self.waiting: list[tuple[str, asyncio.Future[None]]] = []  # its priority; the oldest first
         self._is_idle = asyncio.Event()
         metrics.inflight.set_function(lambda: self.inflight)
@@ -60,14 +61,24 @@ class Gate:
             if not turn.done():
                 await asyncio.wait([turn], timeout=WAIT_SHARE * self.sla_s)
             if turn.cancelled() or not turn.done():
-                self.quality.finished(time.monotonic(), is_in_time=False)
-                raise CapacityError(f"{self.inflight} requests are in flight; no permit for this priority")
+                raise self.refusal()
             yield
         finally:
             turn.cancel()  # too late for who was let in
             if not turn.cancelled():
                 self.inflight -= 1
             self._let_in()
+
+    def has_room(self) -> bool:
+        """Whether a request of normal priority could get a permit now, or is answered otherwise."""
+        is_at_floor = self.quality.is_at_floor(time.monotonic())
+        may_enter = self.admission.may_enter(self.inflight + self.coming, "normal", is_at_floor=is_at_floor)
+        return may_enter or self.phase is not Phase.SERVING
+
+    def refusal(self) -> CapacityError:
+        """What a request without a permit is told; counts as one that was late."""
+        self.quality.finished(time.monotonic(), is_in_time=False)
+        return CapacityError(f"{self.inflight} requests are in flight; no permit for this priority")
 
     def finished(self, latency_s: float, extra_s: float) -> None:
         """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top."""

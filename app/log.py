@@ -7,13 +7,14 @@ import contextlib
 import logging
 import logging.handlers
 import queue
-import sys
+import threading
 import time
 from typing import Any
 
 import orjson
 
 QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped
+EVERY_S = 0.05
 
 
 class Line(logging.Formatter):
@@ -37,22 +38,41 @@ class _Lossy(logging.handlers.QueueHandler):
     """Drops a line rather than wait for room."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # as it is: formatting is the listener's work
+        return record  # as it is: formatting is the writer's work
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):
+        if self.queue.qsize() < QUEUE_SIZE:  # type: ignore[attr-defined]
             self.queue.put_nowait(record)
 
 
-def start(level: str) -> logging.handlers.QueueListener:
-    """Send all logging through the queue; call `stop()` on what is returned to write the rest."""
-    output = logging.StreamHandler(sys.stdout)
-    output.setFormatter(Line())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_SIZE)
+class Writer(threading.Thread):
+    """Writes what waits, all at once: a thread that woke for each line would take the interpreter as often."""
+
+    def __init__(self) -> None:
+        super().__init__(name="log", daemon=True)
+        self.records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        self.is_over = threading.Event()
+
+    def run(self) -> None:
+        form = Line()
+        while not (self.is_over.wait(EVERY_S) and self.records.empty()):
+            lines = [form.format(self.records.get()) for _ in range(self.records.qsize())]
+            if lines:
+                with contextlib.suppress(OSError):  # a full disk: the lines are lost, the answers are not
+                    print(*lines, sep="\n", flush=True)
+
+    def stop(self) -> None:
+        """Write the rest and end."""
+        self.is_over.set()
+        self.join()
+
+
+def start(level: str) -> Writer:
+    """Send all logging to a writer, which writes until its `stop()`."""
+    writer = Writer()
     root = logging.getLogger()
-    root.handlers = [_Lossy(lines)]
+    root.handlers = [_Lossy(writer.records)]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
-    listener = logging.handlers.QueueListener(lines, output)
-    listener.start()
-    return listener
+    writer.start()
+    return writer

@@ -13,11 +13,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import uvicorn
 import uvloop
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -25,6 +28,7 @@ from app import api, log
 from app.errors import ServerError, WinnowError
 from app.service import Service
 from app.settings import Settings, SettingsError
+from app.wire import LARGE_BODY
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,25 @@ def _app(title: str, router: APIRouter) -> FastAPI:
     return app
 
 
-class TimedProtocol(HttpToolsProtocol):
-    """Notes when a request's head began and its body ended: the deadline counts from the first.
+Refuse = Callable[[Any, bytes], Response | None]  # scope and body → what is answered at once, or None
+
+
+class RankingProtocol(HttpToolsProtocol):
+    """Notes when a request's head began and its body ended, and refuses what has no chance before it is a task.
+
+    The deadline counts from the first byte. Under overload two of three are refused, and each must not cost a tenth of
+    an answer: whoever can be is refused as soon as the body is here, which also is when the others start.
 
     waits_since: the instant since which the client owes us the rest of a request; 0 when it owes nothing.
+    held: a small request whose body isn't here yet.
     """
 
     waits_since = 0.0
+    held: tuple[Any, Any] | None = None
+
+    def __init__(self, refuse: Refuse, **given: Any) -> None:
+        super().__init__(**given)
+        self.refuse = refuse
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,6 +93,31 @@ class TimedProtocol(HttpToolsProtocol):
         self.waits_since = 0.0
         self.scope["winnow.complete_at"] = time.monotonic()  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
+        if self.held:
+            cycle, _ = self.held
+            response = None if self.flow.write_paused else self.refuse(cycle.scope, cycle.body)
+            if response is None:
+                self._start_held()
+            else:
+                self.held = None
+                with contextlib.suppress(StopIteration):  # it ends at once: the socket takes it
+                    response(cycle.scope, cycle.receive, cycle.send).send(None)
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.held and len(self.held[0].body) > LARGE_BODY:
+            self._start_held()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if cycle.more_body and not cycle.waiting_for_100_continue:
+            self.held = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start_held(self) -> None:
+        if self.held:
+            super()._start_asgi_task(*self.held)
+        self.held = None
 
 
 async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None:
@@ -85,7 +126,7 @@ async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None
         await asyncio.sleep(receive_s / 5)
         now = time.monotonic()
         for connection in list(server.server_state.connections):
-            if isinstance(connection, TimedProtocol) and 0 < connection.waits_since < now - receive_s:
+            if isinstance(connection, RankingProtocol) and 0 < connection.waits_since < now - receive_s:
                 connection.transport.abort()
 
 
@@ -95,10 +136,10 @@ class Server(uvicorn.Server):
     capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
 
-def _server(app: FastAPI) -> Server:
+def _server(app: FastAPI, refuse: Refuse) -> Server:
     config = uvicorn.Config(
         app,
-        http=TimedProtocol,
+        http=partial(RankingProtocol, refuse),  # type: ignore[arg-type]
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -127,7 +168,8 @@ async def serve(settings: Settings) -> int:
     """
     listeners = [_listener(settings, prefix) for prefix in ("", "admin_")]
     service = Service(settings)
-    servers = [_server(create_app(service)), _server(create_admin_app(service))]
+    refuse = partial(api.refusal, service)
+    servers = [_server(create_app(service), refuse), _server(create_admin_app(service), lambda *_: None)]
     living = asyncio.create_task(_live(service))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, living.cancel)
@@ -159,11 +201,11 @@ async def _live(service: Service) -> None:
 def run(settings: Settings) -> int:
     """The process: logging, event loop, servers."""
     gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
-    listener = log.start(settings.log_level)
+    writer = log.start(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each; 1,024 are soon used up
     try:
         return uvloop.run(serve(settings))
     finally:
-        listener.stop()
+        writer.stop()

@@ -68,9 +68,7 @@ def callers(process, n: int = 2, request=None):
 
 @pytest.fixture(scope="module")
 def service(bundle):
-    with running(
-        bundle, WINNOW_WORKERS="2", WINNOW_SLA_MS="2000", WINNOW_RECEIVE_S="0.5", WINNOW_USER_LIMIT_MS="1000"
-    ) as process:
+    with running(bundle, WINNOW_WORKERS="2", WINNOW_SLA_MS="2000", WINNOW_RECEIVE_S="0.5") as process:
         process.wait_until_ready()
         yield process
 
