@@ -44,6 +44,8 @@ class Ids:
     def __init__(self, ids: NDArray[Any], order: NDArray[Any]) -> None:
         self.ids, self.order = ids, order
         self.is_text = ids.dtype.kind == "U"
+        limits = None if self.is_text else np.iinfo(ids.dtype)
+        self.low, self.high = (int(limits.min), int(limits.max)) if limits else (0, 0)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,9 +67,7 @@ class Ids:
             # numpy drops trailing NULs from text
             fits = [isinstance(w, str) and len(w) <= width and "\0" not in w for w in wanted]
         else:
-            limits = np.iinfo(self.ids.dtype)
-            low, high = int(limits.min), int(limits.max)
-            fits = [type(w) is int and low <= w <= high for w in wanted]  # a bool is an int, and no id
+            fits = [type(w) is int and self.low <= w <= self.high for w in wanted]  # a bool is an int, and no id
         return np.array(fits, np.bool_)
 
     def external(self, rows: Rows) -> list[int | str]:

@@ -57,6 +57,9 @@ GOES_WITH = {"table": (Source.HISTORY, Source.ITEM_TABLE), "field": tuple(FIELD_
 PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.RETRIEVAL_SCORE)
 
 
+LARGEST = {"float32": float(np.finfo(np.float32).max), "int64": 2.0**53}
+
+
 class Strict(BaseModel):
     """Unknown keys, NaN and Infinity are refused; what is read stays as it is."""
 
@@ -82,8 +85,7 @@ class FieldSpec(Strict):
         """Whether the field's type holds these numbers: whole ones up to 2^53 for int64, what float32 reaches."""
         exact = np.asarray(values, np.float64)
         is_whole = self.dtype == "float32" or np.array_equal(exact, np.floor(exact))
-        largest = np.finfo(np.float32).max if self.dtype == "float32" else 2.0**53
-        return bool(is_whole and np.all(np.abs(exact) <= largest))
+        return bool(is_whole and np.all(np.abs(exact) <= LARGEST[self.dtype]))
 
     def filled(self, n: int = 1) -> Array:
         """n rows of the default, [n, *shape]."""

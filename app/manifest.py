@@ -9,10 +9,12 @@ in the arrays, the index and the graphs is bundle.py's. Each refusal is one sent
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from app.errors import BundleError, require
@@ -102,13 +104,18 @@ class Knots(Strict):
             raise ValueError("calibration knots must be as many x as y, strictly rising")
         return self
 
+    @cached_property
     def inverse(self) -> "Knots":
         """The function that leads back."""
         return Knots(x=self.y, y=self.x)
 
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return np.asarray(self.x, np.float64), np.asarray(self.y, np.float64)
+
     def __call__(self, scores: Scores) -> Scores:
         """f32[n] on this scale → f32[n] on the re-ranker's; keeps the order; NaN stays NaN."""
-        x, y = np.asarray(self.x), np.asarray(self.y)
+        x, y = self._columns
         at = np.clip(np.searchsorted(x, scores), 1, len(x) - 1)
         slope = (y[at] - y[at - 1]) / (x[at] - x[at - 1])
         return np.asarray(y[at - 1] + slope * (scores - x[at - 1]), np.float32)

@@ -46,7 +46,7 @@ class Preranking:
         if n < len(candidates):
             # Retrieval scores on this stage's scale, by way of the re-ranker's, which both are calibrated to.
             knots = self.generation.manifest.calibration
-            carried = knots.preranking.inverse()(knots.retrieval(candidates.retrieval_scores[n:]))
+            carried = knots.preranking.inverse(knots.retrieval(candidates.retrieval_scores[n:]))
             scores = np.concatenate([scores, carried])
             scored_by[n:] = Stage.RETRIEVAL
         return Scored(candidates, sealed(scores), self.stage, sealed(scored_by))

@@ -41,8 +41,7 @@ class Reranking:
             raise StageFailed("no worker is alive")
         if not n:
             return self.substitute(scope, query, given)
-        carried, scored_by = self._carried(given), given.scored_by.copy()
-        scores = carried.copy()
+        scores, scored_by = np.zeros_like(given.scores), given.scored_by.copy()
         scope.shards = max(1, min(n_workers, n // MIN_SHARD))
 
         def submit(at: NDArray[np.intp]) -> "asyncio.Future[None]":
@@ -63,7 +62,7 @@ class Reranking:
         scope.shards_ok = sum(map(is_scored, answers))
         is_fresh = scored_by == self.stage
         if not is_fresh.all():
-            scores = np.where(is_fresh, scores, to_request_scale(carried, scores, is_fresh))
+            scores = np.where(is_fresh, scores, to_request_scale(self._carried(given), scores, is_fresh))
         return Scored(given.candidates, sealed(scores), self.stage, sealed(scored_by))
 
     def substitute(self, scope: RequestScope, query: Query, given: Scored) -> Scored:

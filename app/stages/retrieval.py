@@ -6,7 +6,7 @@ are always exact inner products with the stored embeddings, whatever the index a
 """
 
 import time
-from functools import reduce
+from functools import cached_property, reduce
 from operator import and_
 from typing import Any
 
@@ -124,7 +124,13 @@ class Retrieval:
             return faiss.SearchParameters(sel=selector)
         if self.retriever.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(search["efSearch"], n_fetched), sel=selector)
+        if selector is None:  # always the same: to make them takes longer than to read the ids
+            return self._ivf
         return faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
+
+    @cached_property
+    def _ivf(self) -> Any:
+        return faiss.SearchParametersIVF(nprobe=self.retriever.search["nprobe"])
 
     def _search_exactly(self, rows: Rows, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)
