@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 LOWEST = 4.0  # permits: below it the cores idle between two requests
 STEEPEST = 0.5  # share of the permits that one slow request leaves at least
-COMFORT = 0.45  # of the SLA: the rest is for what varies, so that 99 of 100 that are let in are in time
+COMFORT = 0.4  # of the SLA: the rest is for what varies, so that 99 of 100 that are let in are in time
 PRIORITY_SHARE = {"low": 0.5, "normal": 0.9, "high": 1.0}
 
 
