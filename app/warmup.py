@@ -6,6 +6,7 @@ Running them also warms everything up: memory maps, the runtime's memory plans, 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from app.manifest import MANIFEST, UNFORESEEN, Golden, opening
 TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 on scores near 1
 UNHURRIED_S = 600.0
 MEASURED_TWICE = 2
+YIELDED = 3.0  # times what a measurement took, to others
 
 
 def offline_query(request: dict[str, Any], generation: Generation) -> Query:
@@ -37,26 +39,32 @@ async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     return ranking
 
 
-def measure(funnel: Funnel) -> None:
-    """Seed the costs of retrieval and pre-ranking from the golden requests, at their width and at a quarter of it."""
+def measure(funnel: Funnel, *, yields: bool = False) -> None:
+    """Seed the costs of retrieval and pre-ranking from the golden requests, at their width and at a quarter of it.
+
+    yields: three quarters of the time are left to those who are served meanwhile.
+    """
+    timed = partial(_timed, YIELDED if yields else 0.0)
     generation = funnel.generation
     width = min(generation.manifest.funnel.retrieve, generation.n_items)
     queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]
     queries = [query for query in queries if query.candidates is None]
     widths = (max(1, width // 4), width)
     for _ in range(MEASURED_TWICE) if queries else ():  # the first round warms up
-        searches = {n: [_timed(funnel.retrieval.search, q, n) for q in queries] for n in widths}
+        searches = {n: [timed(funnel.retrieval.search, q, n) for q in queries] for n in widths}
         wide = [(q, found) for q, (_, found) in zip(queries, searches[width], strict=True)]
-        scorings = {n: [_timed(funnel.preranking.score, q, f, min(n, len(f))) for q, f in wide] for n in widths}
-        for stage, timed in ((funnel.retrieval, searches), (funnel.preranking, scorings)):
-            narrow, full = ((n, float(np.median([s for s, _ in timed[n]]))) for n in widths)
+        scorings = {n: [timed(funnel.preranking.score, q, f, min(n, len(f))) for q, f in wide] for n in widths}
+        for stage, took in ((funnel.retrieval, searches), (funnel.preranking, scorings)):
+            narrow, full = ((n, float(np.median([s for s, _ in took[n]]))) for n in widths)
             stage.cost = fitted(narrow, full)
 
 
-def _timed(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+def _timed(yielded: float, work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
     started = time.monotonic()
     done = work(*given)
-    return time.monotonic() - started, done
+    seconds = time.monotonic() - started
+    time.sleep(yielded * seconds)
+    return seconds, done
 
 
 async def prove(generation: Generation) -> None:

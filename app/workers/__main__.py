@@ -1,8 +1,8 @@
-"""python -m app.workers SOCKET_FD BUNDLE DIGEST PACED_ROW_S IS_URGENT: the process of one worker.
+"""python -m app.workers SOCKET_FD BUNDLE DIGEST PACED_ROW_S PACE: the process of one worker.
 
 A worker that is getting ready must not slow down those who serve, so importing and loading yield to everybody, in a
 thread of the lowest priority: Linux keeps one for each thread, and the main thread's, which will score, stays as it
-was. An urgent worker (nobody serves) doesn't yield.
+was. With the pace "urgent" (nobody serves) they don't.
 """
 
 import os
@@ -13,14 +13,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
-BEHIND_THE_LOOP = 10  # niceness: whoever hands out work comes first, or all wait for it
 
-
-def main(fd: str, bundle: str, digest: str, paced_row_s: str, is_urgent: str) -> None:
+def main(fd: str, bundle: str, digest: str, paced_row_s: str, pace: str) -> None:
     os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
-    os.nice(BEHIND_THE_LOOP)
     with ThreadPoolExecutor(1) as thread:
-        if is_urgent == "no":
+        if pace == "yields":
             thread.submit(yield_to_everybody)
         worker = thread.submit(import_module, "app.workers.worker").result()  # a second of imports
         ready = thread.submit(worker.prepare, int(fd), bundle, digest, float(paced_row_s)).result()

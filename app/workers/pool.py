@@ -12,6 +12,7 @@ of requests or stages. It is over 250 lines because both lives, a shard's and a 
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from app.workers.messages import Frame, Kind, Slice
 from app.workers.scoring import Deliver, Shard
 
 READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
+BEHIND_THE_LOOP = 10  # niceness of workers: whoever hands out work comes first, or all wait for it
+APART_S = 0.2  # between the starts of two workers that yield: an interpreter starts at the niceness of the others
 ENDED_S = 0.02  # between two looks whether a process has ended
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
@@ -89,12 +92,20 @@ class WorkerPool:
     """W workers, and spares, for one generation. Lifecycle: `await start()`, `submit(…)`, `await close()`.
 
     paced_row_s: what a row takes at least; a stand-in for an accelerator, see settings.py.
+    yields: another generation serves meanwhile, and mustn't notice the start.
     """
 
     def __init__(
-        self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
+        self,
+        generation: Generation,
+        n_workers: int,
+        metrics: Metrics,
+        spares: int = 0,
+        paced_row_s: float = 0.0,
+        *,
+        yields: bool = False,
     ) -> None:
-        self.generation, self.metrics, self.paced_row_s = generation, metrics, paced_row_s
+        self.generation, self.metrics, self.paced_row_s, self.yields = generation, metrics, paced_row_s, yields
         self.own = messages.generation_number(generation.digest)
         self.record = messages.ShardRecord(generation.manifest.features)
         self.n_wanted = n_workers
@@ -144,6 +155,7 @@ class WorkerPool:
         except BaseException:
             await self.close()
             raise
+        self.yields = False
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """See ShardScorer."""
@@ -231,6 +243,7 @@ class WorkerPool:
     async def _keep_alive(self, worker: _Worker) -> None:
         """One life after the other, without end."""
         n_early_deaths = 0
+        await asyncio.sleep(APART_S * worker.number if self.yields else 0.0)
         while True:
             born = time.monotonic()
             try:
@@ -252,11 +265,12 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             last.callback(ours.close)
             with theirs:
-                is_urgent = "no" if self.ready else "yes"
-                given = (theirs.fileno(), self.generation.path, self.generation.digest, self.paced_row_s, is_urgent)
+                pace = "yields" if self.yields or self.ready else "urgent"
+                given = (theirs.fileno(), self.generation.path, self.generation.digest, self.paced_row_s, pace)
                 command = (sys.executable, "-m", "app.workers", *map(str, given))
                 # Not the loop's own way to spawn: it forks, which for all that is mapped here takes 30 ms.
                 worker.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: ASYNC220, S603
+                os.setpriority(os.PRIO_PROCESS, worker.process.pid, BEHIND_THE_LOOP)
             last.push_async_callback(_wait_for_end, worker.process)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             loop = asyncio.get_running_loop()

@@ -127,10 +127,10 @@ def test_one_request_is_let_in_whatever_the_limit():
 def test_the_limit_backs_off_once_an_sla_and_from_what_was_in_flight():
     admission = Admission(most=256, sla_s=0.1)
     for at in (1.0, 1.05, 1.09):
-        admission.finished(at, latency_s=0.09, inflight=50, is_at_floor=True)
-    share = COMFORT * 0.1 / 0.09
+        admission.finished(at, latency_s=0.06, inflight=50, is_at_floor=True)
+    share = COMFORT * 0.1 / 0.06
     assert admission.limit == pytest.approx(50 * share)
-    admission.finished(1.11, latency_s=0.09, inflight=60, is_at_floor=True)
+    admission.finished(1.11, latency_s=0.06, inflight=60, is_at_floor=True)
     assert admission.limit == pytest.approx(50 * share**2)
 
 
