@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
 Done = TypeVar("Done")
+Resolve = Callable[..., Query]
 
 
 class FunnelStage(Protocol[Given, Output]):
@@ -58,13 +59,6 @@ class FunnelStage(Protocol[Given, Output]):
         """What takes its place; quick, and never fails."""
 
 
-class Resolve(Protocol):
-    """Who asks for what, in rows of the generation."""
-
-    def __call__(self, *, is_late: bool) -> Query:
-        """is_late: there is no time to look the person up. Raises InvalidRequest."""
-
-
 class Funnel:
     """The funnel over one generation. `threads` run what holds no Python lock; `scorer` runs the deep model."""
 
@@ -80,6 +74,7 @@ class Funnel:
     async def rank(self, resolve: Resolve, deadline: Deadline, quality: float = 1.0) -> tuple[Query, Ranking]:
         """The query as resolved, and the best min(k, candidates) items for it, in time.
 
+        resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
         narrow = partial(self._narrow, resolve, deadline, quality)

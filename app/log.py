@@ -3,11 +3,10 @@
 The event loop only puts records on a queue; a slow reader of our output must not slow an answer down.
 """
 
-import contextlib
 import logging
 import logging.handlers
 import queue
-import threading
+import sys
 import time
 from typing import Any
 
@@ -38,41 +37,31 @@ class _Lossy(logging.handlers.QueueHandler):
     """Drops a line rather than wait for room."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # as it is: formatting is the writer's work
+        return record  # as it is: formatting is the listener's work
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.queue.qsize() < QUEUE_SIZE:  # type: ignore[attr-defined]
             self.queue.put_nowait(record)
 
 
-class Writer(threading.Thread):
-    """Writes what waits, all at once: a thread that woke for each line would take the interpreter as often."""
+class _Unhurried(logging.handlers.QueueListener):
+    """Many lines at a time: a thread that woke for each would take the interpreter from the loop as often."""
 
-    def __init__(self) -> None:
-        super().__init__(name="log", daemon=True)
-        self.records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-        self.is_over = threading.Event()
-
-    def run(self) -> None:
-        form = Line()
-        while not (self.is_over.wait(EVERY_S) and self.records.empty()):
-            lines = [form.format(self.records.get()) for _ in range(self.records.qsize())]
-            if lines:
-                with contextlib.suppress(OSError):  # a full disk: the lines are lost, the answers are not
-                    print(*lines, sep="\n", flush=True)
-
-    def stop(self) -> None:
-        """Write the rest and end."""
-        self.is_over.set()
-        self.join()
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        if self.queue.empty():  # type: ignore[attr-defined]
+            time.sleep(EVERY_S)
+        return super().dequeue(block)
 
 
-def start(level: str) -> Writer:
-    """Send all logging to a writer, which writes until its `stop()`."""
-    writer = Writer()
+def start(level: str) -> logging.handlers.QueueListener:
+    """Send all logging through the queue; call `stop()` on what is returned to write the rest."""
+    output = logging.StreamHandler(sys.stdout)
+    output.setFormatter(Line())
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     root = logging.getLogger()
-    root.handlers = [_Lossy(writer.records)]
+    root.handlers = [_Lossy(lines)]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
-    writer.start()
-    return writer
+    listener = _Unhurried(lines, output)
+    listener.start()
+    return listener

@@ -93,15 +93,7 @@ class RankingProtocol(HttpToolsProtocol):
         self.waits_since = 0.0
         self.scope["winnow.complete_at"] = time.monotonic()  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
-        if self.held:
-            cycle, _ = self.held
-            response = None if self.flow.write_paused else self.refuse(cycle.scope, cycle.body)
-            if response is None:
-                self._start_held()
-            else:
-                self.held = None
-                with contextlib.suppress(StopIteration):  # it ends at once: the socket takes it
-                    response(cycle.scope, cycle.receive, cycle.send).send(None)
+        self._start_held(may_refuse=not self.flow.write_paused)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -109,15 +101,20 @@ class RankingProtocol(HttpToolsProtocol):
             self._start_held()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        if cycle.more_body and not cycle.waiting_for_100_continue:
-            self.held = cycle, app
-        else:
-            super()._start_asgi_task(cycle, app)
+        self.held = cycle, app
+        if not cycle.more_body or cycle.waiting_for_100_continue:
+            self._start_held()
 
-    def _start_held(self) -> None:
-        if self.held:
-            super()._start_asgi_task(*self.held)
-        self.held = None
+    def _start_held(self, *, may_refuse: bool = False) -> None:
+        if not self.held:
+            return
+        (cycle, app), self.held = self.held, None
+        response = self.refuse(cycle.scope, cycle.body) if may_refuse else None
+        if response is None:
+            super()._start_asgi_task(cycle, app)
+        else:
+            with contextlib.suppress(StopIteration):  # it ends at once: the socket takes it
+                response(cycle.scope, cycle.receive, cycle.send).send(None)
 
 
 async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None:
@@ -201,11 +198,11 @@ async def _live(service: Service) -> None:
 def run(settings: Settings) -> int:
     """The process: logging, event loop, servers."""
     gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
-    writer = log.start(settings.log_level)
+    listener = log.start(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each; 1,024 are soon used up
     try:
         return uvloop.run(serve(settings))
     finally:
-        writer.stop()
+        listener.stop()

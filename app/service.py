@@ -95,10 +95,10 @@ class Service:
     async def _open(self, generation: Generation) -> Serving:
         """Workers and funnel for a verified generation, warm. Raises ServerError."""
         s, yields = self.settings, self.serving is not None
-        pool = WorkerPool(generation, s.workers, self.metrics, s.spares, s.paced_row_ms / 1e3, yields=yields)
+        pool = WorkerPool(generation, s.workers, self.metrics, s.spares, s.paced_row_ms / 1e3)
         funnel = Funnel(generation, pool, self.threads, s.reply_reserve_ms / 1e3)
         await self._aside(partial(measure, funnel, yields=yields))
-        await pool.start()
+        await pool.start(yields=yields)
         return Serving(generation, funnel, pool, time.monotonic())
 
     async def stop(self) -> None:

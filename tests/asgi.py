@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 JSON = {"content-type": "application/json"}
@@ -26,11 +27,12 @@ async def call(
     headers: Mapping[str, str] = JSON,
     *,
     is_whole: bool = True,
+    scope: Mapping[str, Any] = MappingProxyType({}),
 ) -> Reply:
-    """One request; a body in parts is sent in parts. A client whose body is not whole leaves."""
+    """One request; a body in parts is sent in parts. A client whose body is not whole leaves. scope: its own keys."""
     parts = [body] if isinstance(body, bytes) else list(body)
     path, _, query = path.partition("?")
-    scope = {
+    asked = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
@@ -43,7 +45,7 @@ async def call(
         "headers": [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
-    }
+    } | dict(scope)
     left = iter(range(len(parts)))
     sent: list[dict[str, Any]] = []
 
@@ -56,7 +58,7 @@ async def call(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(scope, receive, send)
+    await app(asked, receive, send)
     start = sent[0]
     reply_headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in start["headers"]}
     return Reply(start["status"], reply_headers, b"".join(m.get("body", b"") for m in sent[1:]))

@@ -92,20 +92,14 @@ class WorkerPool:
     """W workers, and spares, for one generation. Lifecycle: `await start()`, `submit(…)`, `await close()`.
 
     paced_row_s: what a row takes at least; a stand-in for an accelerator, see settings.py.
-    yields: another generation serves meanwhile, and mustn't notice the start.
     """
 
+    yields = False  # another generation serves, and mustn't notice the start
+
     def __init__(
-        self,
-        generation: Generation,
-        n_workers: int,
-        metrics: Metrics,
-        spares: int = 0,
-        paced_row_s: float = 0.0,
-        *,
-        yields: bool = False,
+        self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
     ) -> None:
-        self.generation, self.metrics, self.paced_row_s, self.yields = generation, metrics, paced_row_s, yields
+        self.generation, self.metrics, self.paced_row_s = generation, metrics, paced_row_s
         self.own = messages.generation_number(generation.digest)
         self.record = messages.ShardRecord(generation.manifest.features)
         self.n_wanted = n_workers
@@ -147,8 +141,9 @@ class WorkerPool:
     def seconds(self, n: int) -> float:
         return self.cost.seconds(n / max(self.n_workers, 1))
 
-    async def start(self) -> None:
+    async def start(self, *, yields: bool = False) -> None:
         """Spawn all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
+        self.yields = yields
         self.tasks = [asyncio.create_task(life) for life in (self._watch(), *map(self._keep_alive, self.workers))]
         try:
             await self.started

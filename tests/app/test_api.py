@@ -7,12 +7,13 @@ import math
 import os
 import re
 import threading
+import time
 
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import metrics, wire
+from app import api, metrics, wire
 from app.api import PROBLEM, WHY_NOT
 from app.control.admission import PRIORITY_SHARE
 from app.control.quality import Quality
@@ -644,6 +645,39 @@ async def test_a_person_who_is_found_too_late_is_said(app, service, monkeypatch)
         "substitute": "what the request says of the person",
     }
     assert len(answer["items"]) == world.K
+
+
+def sent_to(path: str) -> dict:
+    at, headers = time.monotonic(), [(b"x-request-id", b"look-me-up"), (b"content-type", b"application/json")]
+    return {"type": "http", "method": "POST", "path": path, "headers": headers, "winnow.received_at": at}
+
+
+async def test_who_can_get_no_permit_is_refused_whatever_else_it_says(service, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.gate, "inflight", 1_000_000)
+        patch.setattr(service.gate, "quality", Quality())  # a refusal lowers it
+        before = samples(service)[("winnow_requests_total", ("outcome", "refused"))]
+        refused = api.refusal(service, sent_to("/v1/rank"), b"not even JSON")
+        assert samples(service)[("winnow_requests_total", ("outcome", "refused"))] == before + 1
+        assert api.refusal(service, sent_to("/v1/rank"), b'{"priority": "high"}') is None
+        assert api.refusal(service, sent_to("/livez"), b"") is None
+    service.gate.coming = 0
+    assert (refused.status_code, refused.headers["x-request-id"]) == (503, "look-me-up")
+    assert 1 <= int(refused.headers["retry-after"]) <= 3
+    assert json.loads(refused.body)["status"] == 503
+
+
+async def test_who_found_room_counts_until_it_asks_for_its_permit(app, service, monkeypatch):
+    scopes = [sent_to("/v1/rank") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(service.gate, "quality", Quality())
+        # One permit is left for those of normal priority.
+        patch.setattr(service.gate, "inflight", int(service.gate.admission.most * PRIORITY_SHARE["normal"]))
+        assert api.refusal(service, scopes[0], b"{}") is None
+        assert api.refusal(service, scopes[1], b"{}").status_code == 503
+    assert service.gate.coming == 1
+    reply = await call(app, "POST", "/v1/rank", json.dumps(PATIENT).encode(), scope=scopes[0])
+    assert (reply.status, service.gate.coming) == (200, 0)
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

@@ -1,5 +1,6 @@
 """The real process on real ports: starts, ranks, survives bad input, stops cleanly, refuses a bad bundle."""
 
+import json
 import os
 import select
 import shutil
@@ -48,6 +49,19 @@ def test_a_20_mb_body_is_413_and_the_service_is_unharmed(service):
     reply = service.call("POST", "/v1/rank", b" " * 20_000_000, JSON | AUTHORIZED)
     assert reply.status == 413
     assert ranks_well(service)
+
+
+def test_a_body_in_two_parts_and_a_request_behind_it_are_both_answered(service):
+    body = json.dumps({"user": {"id": "cho"}} | PATIENT).encode()
+    head = f"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += f"Authorization: {AUTHORIZED['authorization']}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + body[:5])
+        connection.sendall(body[5:] + head.encode() + body)
+        answers = b""
+        while answers.count(b'"took_ms"') < 2:
+            answers += connection.recv(65536)
+    assert answers.count(b"HTTP/1.1 200") == 2
 
 
 def test_a_body_without_an_announced_length_is_cut_off_too(service):
