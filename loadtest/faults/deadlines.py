@@ -33,9 +33,7 @@ def deadlines(lab: Lab) -> Iterator[Row]:
         answer_size = len(server.call("POST", "/v1/rank", lab.bodies[0])[1])
         with launch.noop(answer_size) as control:
             for timeout_ms in TIMEOUTS_MS:
-                runs, control_ms = _pairs(lab, server, control, timeout_ms)
-                if not runs:
-                    raise RuntimeError(f"the control was never calm: its p99.9 was {control_ms:.1f} ms at best")
+                runs, n_calm, control_ms = _pairs(lab, server, control, timeout_ms)
                 seen = joined(runs)
                 ok = np.flatnonzero(seen.is_ok)
                 each = np.array([_agreement(seen, i, full[seen.body[i]].ids) for i in ok.tolist()])
@@ -43,7 +41,7 @@ def deadlines(lab: Lab) -> Iterator[Row]:
                 yield row(
                     f"timeout {timeout_ms} ms",
                     seen,
-                    Figure("requests in calm runs", float(len(seen)), least=1 if lab.is_quick else REQUESTS),
+                    Figure("requests in calm runs", float(n_calm), least=1 if lab.is_quick else REQUESTS),
                     Figure(
                         "p99.9 after the timeout",
                         seen.percentile_s(99.9) * 1e3 - timeout_ms,
@@ -57,10 +55,13 @@ def deadlines(lab: Lab) -> Iterator[Row]:
     yield Row("more time", tuple(_steps(agreements)))
 
 
-def _pairs(lab: Lab, server: Server, control: Server, timeout_ms: int) -> tuple[list[Observed], float]:
-    """The service's runs whose control was calm, and the worst p99.9 of those controls (the best, if none was)."""
+def _pairs(lab: Lab, server: Server, control: Server, timeout_ms: int) -> tuple[list[Observed], int, float]:
+    """The service's runs whose control was calm, how many requests these were, and the worst p99.9 of the controls.
+
+    Where none was calm, what was seen all the same: the bar is missed, but coverage and agreement can be read.
+    """
     n, bodies = QUICK if lab.is_quick else REQUESTS // PARTS, lab.bodies_with(timeout_ms=timeout_ms)
-    runs, calm, wild = [], [0.0], []
+    runs, calm, wild, wild_runs = [], [0.0], [], []
     for attempt in range(MOST_PAIRS):
         due_s = poisson(lab.half, 1.1 * n / lab.half, seed=attempt)[:n]
         seen = lab.attack(server, due_s, bodies)
@@ -71,9 +72,10 @@ def _pairs(lab: Lab, server: Server, control: Server, timeout_ms: int) -> tuple[
             calm.append(control_ms)
         else:
             wild.append(control_ms)
+            wild_runs.append(seen)
         if len(runs) == PARTS:
             break
-    return runs, max(calm) if runs else min(wild)
+    return runs or wild_runs, sum(map(len, runs)), max(calm) if runs else min(wild)
 
 
 def _agreement(seen: Observed, i: int, full: tuple[int | str, ...]) -> float:
