@@ -19,6 +19,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from pydantic.json_schema import models_json_schema
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -158,18 +159,24 @@ def ranking_first(service: Service, others: ASGIApp) -> ASGIApp:
 def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
     """The answer to a ranking request that could get no permit, whatever else it says; None where it may get one.
 
-    Without a look at the keys or the schema: a refusal must cost next to nothing. Who names a priority is read.
+    Without a look at the schema: a refusal must cost next to nothing. Who names a priority, or has no key, is read.
     """
-    is_ranking = (scope["method"], scope["path"]) == ("POST", "/v1/rank")
-    if not is_ranking or service.gate.has_room() or b'"priority"' in body:
-        scope["winnow.coming"] = int(is_ranking)
-        service.gate.coming += int(is_ranking)
+    if (scope["method"], scope["path"]) != ("POST", "/v1/rank"):
         return None
-    request_id = _request_id(Request(scope))
+    headers = Headers(scope=scope)
+    try:
+        service.keys.require(headers.get("authorization"), "rank")
+    except errors.ClientError:
+        return None
+    if service.gate.has_room() or b'"priority"' in body:
+        scope["winnow.coming"] = 1
+        service.gate.coming += 1
+        return None
+    request_id, traceparent = _request_id(headers), headers.get("traceparent")
     response, outcome = problem(service.gate.refusal(), request_id)
-    seconds = time.monotonic() - scope["winnow.received_at"]
+    seconds, status = time.monotonic() - scope["winnow.received_at"], response.status_code
     service.metrics.request(outcome, seconds)
-    _log(None, request_id=request_id, outcome=outcome, status=response.status_code, ms=_ms(seconds))
+    _log(None, request_id=request_id, traceparent=traceparent, outcome=outcome, status=status, ms=_ms(seconds))
     return response
 
 
@@ -177,7 +184,7 @@ async def answer(request: Request, service: Service) -> Response:
     """The ranking, or the problem, of one request."""
     received_at = request.scope.get("winnow.received_at", time.monotonic())
     service.gate.coming -= request.scope.get("winnow.coming", 0)
-    request_id, answered = _request_id(request), None
+    request_id, answered = _request_id(request.headers), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
         sent = await _body(request)
@@ -203,8 +210,8 @@ async def answer(request: Request, service: Service) -> Response:
     return response
 
 
-def _request_id(request: Request) -> str:
-    sent = request.headers.get("x-request-id")
+def _request_id(headers: Headers) -> str:
+    sent = headers.get("x-request-id")
     return sent if sent and REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
@@ -274,7 +281,7 @@ def problem(error: Exception, request_id: str) -> tuple[Response, str]:
 
 async def refuse(request: Request, error: Exception) -> Response:
     """What is raised outside POST /v1/rank, as a problem."""
-    return problem(error, _request_id(request))[0]
+    return problem(error, _request_id(request.headers))[0]
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

@@ -57,6 +57,7 @@ GOES_WITH = {"table": (Source.HISTORY, Source.ITEM_TABLE), "field": tuple(FIELD_
 PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.RETRIEVAL_SCORE)
 
 
+# What a field of this type can hold; int64 as exactly as JSON's numbers do.
 LARGEST = {"float32": float(np.finfo(np.float32).max), "int64": 2.0**53}
 
 

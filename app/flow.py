@@ -217,6 +217,7 @@ class RequestScope:
     of those are scored by re-ranking; `width` is what the stage that runs now is given of its own.
     quality: the share of its widths that the load leaves it.
     extra_s: what the widths that were not run would have taken; infinite once time was short.
+    is_late: the time of the stages that run now is over, and substitutes take their places.
     """
 
     generation: str
@@ -227,6 +228,7 @@ class RequestScope:
     quality: float = 1.0
     width: int = 0
     extra_s: float = 0.0
+    is_late: bool = False
     shards: int = 0
     shards_ok: int = 0
     reports: list[StageReport] = field(default_factory=list)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
-Done = TypeVar("Done")
 Resolve = Callable[..., Query]
 
 
@@ -53,14 +52,14 @@ class FunnelStage(Protocol[Given, Output]):
         """What widths of it are expected to take."""
 
     async def run(self, scope: RequestScope, query: Query, given: Given, until: float) -> Output:
-        """The output, `scope.width` wide, by the instant `until`; else TimeoutError, StageFailed for a fault."""
+        """The output, `scope.width` wide; TimeoutError at `until`, if it can stop; StageFailed for a fault."""
 
     def substitute(self, scope: RequestScope, query: Query, given: Given) -> Output:
         """What takes its place; quick, and never fails."""
 
 
 class Funnel:
-    """The funnel over one generation. `threads` run what holds no Python lock; `scorer` runs the deep model."""
+    """The funnel over one generation. `threads` run all that needs no worker; `scorer` runs the deep model."""
 
     def __init__(
         self, generation: Generation, scorer: ShardScorer, threads: Executor, reply_reserve_s: float = 0.0
@@ -77,9 +76,10 @@ class Funnel:
         resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
-        narrow = partial(self._narrow, resolve, deadline, quality)
-        share = self.generation.manifest.funnel.budgets.preranking
+        budgets, so_far = self.generation.manifest.funnel.budgets, list[Query]()
+        share = max(budgets.retrieval, budgets.preranking)
         limit_s = deadline.limit(share, time.monotonic(), self.reply_reserve_s)
+        narrow = partial(self._narrow, so_far, resolve, deadline, quality)
         # One hop for all of it: between three a request would wait three times for the interpreter.
         work = asyncio.get_running_loop().run_in_executor(self.threads, _outcome_of, narrow)
         try:
@@ -90,13 +90,16 @@ class Funnel:
         return query, self.select(scope, query, fine)
 
     async def _narrow(
-        self, resolve: Resolve, deadline: Deadline, quality: float, *, is_late: bool = False
+        self, so_far: list[Query], resolve: Resolve, deadline: Deadline, quality: float, *, is_late: bool = False
     ) -> tuple[Query, RequestScope, Scored]:
-        """All that needs no worker, and so never waits."""
-        query = resolve(is_late=is_late)
-        scope = self.open_scope(query, deadline, quality)
-        found = await self.run(self.retrieval, scope, query, None, is_late=is_late)
-        coarse = await self.run(self.preranking, scope, query, found, is_late=is_late)
+        """All that needs no worker, and so never waits. so_far: the query, if a thread got as far as that."""
+        if not so_far:
+            so_far.append(resolve(is_late=is_late))
+        scope = self.open_scope(query := so_far[0], deadline, quality)
+        scope.is_late = is_late
+        found = await self.run(self.retrieval, scope, query, None)
+        coarse = await self.run(self.preranking, scope, query, found)
+        scope.is_late = False
         return query, scope, coarse.top(scope.keep)
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
@@ -113,19 +116,8 @@ class Funnel:
             degradations=[USER_LATE] if query.person.is_late else [],
         )
 
-    async def run(
-        self,
-        stage: FunnelStage[Given, Output],
-        scope: RequestScope,
-        query: Query,
-        given: Given,
-        *,
-        is_late: bool = False,
-    ) -> Output:
-        """One stage at the width that fits its budget: its output, or what takes its place; checked and reported.
-
-        is_late: its time is over already.
-        """
+    async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
+        """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
         started, fault = time.monotonic(), None
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
         budget_s = scope.deadline.limit(share, started, self.reply_reserve_s)
@@ -135,7 +127,7 @@ class Funnel:
             least = scope.keep if query.candidates is None else wanted
         scope.width, narrowing = narrowed(wanted, scope.quality, stage.cost.fits(budget_s), least)
         try:
-            if is_late or (wanted and not scope.width):
+            if scope.is_late or (wanted and not scope.width):
                 raise TimeoutError
             output = await stage.run(scope, query, given, until)
         except TimeoutError:
@@ -185,12 +177,12 @@ def offline_funnel(generation: Generation, threads: Executor) -> Funnel:
     return Funnel(generation, InProcess(model), threads)
 
 
-def _outcome_of(work: Callable[[], Coroutine[Any, Any, Done]]) -> Done:
+def _outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """The outcome of a coroutine that never waits, without an event loop."""
     try:
         work().send(None)
     except StopIteration as finished:
-        return cast("Done", finished.value)
+        return finished.value
     raise RuntimeError("it waited")
 
 

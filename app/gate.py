@@ -2,7 +2,8 @@
 
 It owns the life of the process as requests see it (starting, serving, draining), the permits, and a short queue for
 them; the rules are control/admission.py and control/quality.py. Quality goes first: only at its floor, or at the hard
-limit, is anybody refused, and then at once or after a wait that is small against the deadline.
+limit, is anybody refused. Who would find no room is refused before it is a task (`has_room`, asked by api.refusal); the
+queue is for those who name a priority, or who come together.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """The log: one JSON object a line on standard output, written by a thread of its own.
 
-The event loop only puts records on a queue; a slow reader of our output must not slow an answer down.
+The event loop only puts records on a queue; a slow reader of our output must not slow an answer down. A line is written
+up to EVERY_S after it was said.
 """
 
 import logging
@@ -13,7 +14,7 @@ from typing import Any
 import orjson
 
 QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped
-EVERY_S = 0.05
+EVERY_S = 0.05  # seconds; a thread that wakes for each line takes the interpreter from the loop five times a line
 
 
 class Line(logging.Formatter):

@@ -66,8 +66,9 @@ Refuse = Callable[[Any, bytes], Response | None]  # scope and body → what is a
 class RankingProtocol(HttpToolsProtocol):
     """Notes when a request's head began and its body ended, and refuses what has no chance before it is a task.
 
-    The deadline counts from the first byte. Under overload two of three are refused, and each must not cost a tenth of
-    an answer: whoever can be is refused as soon as the body is here, which also is when the others start.
+    The deadline counts from the first byte. At three times what can be answered two of three are refused, which must
+    cost little: whoever can be is refused as soon as the body is here, which also is when the others start. A client
+    that leaves before its small body is whole has sent no request.
 
     waits_since: the instant since which the client owes us the rest of a request; 0 when it owes nothing.
     held: a small request whose body isn't here yet.

@@ -9,16 +9,14 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import TypeVar
 
 from app import wire
 from app.bundle import Generation, load
@@ -31,11 +29,9 @@ from app.keys import read_keys
 from app.metrics import Metrics
 from app.settings import Settings
 from app.warmup import measure, prove
-from app.workers.pool import BEHIND_THE_LOOP, WorkerPool
+from app.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
-
-Done = TypeVar("Done")
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +65,6 @@ class Service:
         self.metrics = Metrics(settings.sla_ms / 1e3)
         self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
         self.threads = ThreadPoolExecutor(settings.threads, "stage")
-        self.loader = ThreadPoolExecutor(1, "load", make_way)
         self.held: dict[str, Serving] = {}  # by role: serving, previous, candidate
         self.metrics.watch(self.held)
         # The last bundle that was offered: path, state (loading, ready, failed), error.
@@ -85,7 +80,7 @@ class Service:
     async def start(self) -> None:
         """Everything until the first request may run. Raises BundleError, ServerError."""
         started = time.monotonic()
-        generation = await self._aside(partial(load, self.settings.bundle))
+        generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
         self.gate.phase = Phase.SERVING
@@ -94,11 +89,11 @@ class Service:
 
     async def _open(self, generation: Generation) -> Serving:
         """Workers and funnel for a verified generation, warm. Raises ServerError."""
-        s, yields = self.settings, self.serving is not None
+        s, is_yielding = self.settings, self.serving is not None
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, s.paced_row_ms / 1e3)
         funnel = Funnel(generation, pool, self.threads, s.reply_reserve_ms / 1e3)
-        await self._aside(partial(measure, funnel, yields=yields))
-        await pool.start(yields=yields)
+        await asyncio.to_thread(measure, funnel, is_yielding=is_yielding)
+        await pool.start(is_yielding=is_yielding)
         return Serving(generation, funnel, pool, time.monotonic())
 
     async def stop(self) -> None:
@@ -109,8 +104,7 @@ class Service:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
-        for threads in (self.threads, self.loader):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_ready(self) -> bool:
@@ -133,7 +127,7 @@ class Service:
     async def _load(self, path: Path, activate: bool) -> None:
         try:
             await _prove_apart(path)
-            generation = await self._aside(partial(load, path, is_verified=True))
+            generation = await asyncio.to_thread(load, path, is_verified=True)
             self._hold("candidate", await self._open(generation))
             self.loading["state"] = "ready"
             if activate:
@@ -170,10 +164,6 @@ class Service:
         if held.is_leaving and not held.inflight:
             self._keep(asyncio.create_task(held.pool.close(), name="close"))
 
-    async def _aside(self, work: Callable[[], Done]) -> Done:
-        """Long work, behind those who are served."""
-        return await asyncio.get_running_loop().run_in_executor(self.loader, work)
-
     def _keep(self, task: "asyncio.Task[None]") -> None:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -209,11 +199,6 @@ class Service:
                     self.gate.finished(time.monotonic() - complete_at, ranking.extra_s)
                 self.metrics.ranking(ranking)
                 return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
-
-
-def make_way() -> None:
-    """The thread that calls this competes with workers, and not with the loop: Linux has a niceness for each."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BEHIND_THE_LOOP)
 
 
 async def _prove_apart(path: Path) -> None:

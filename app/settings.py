@@ -52,7 +52,9 @@ class Settings:
     workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
     spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
     # More than cores only pass the interpreter lock around.
-    threads: int = tunable(os.cpu_count() or 1, "threads for tower, index and linear stage", low=1, high=64)
+    threads: int = tunable(
+        os.cpu_count() or 1, "threads for what needs no worker: person, retrieval, pre-ranking", low=1, high=64
+    )
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     reply_reserve_ms: float = tunable(2.0, "kept for selection and writing the answer", low=0, high=1e3)
     max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)

@@ -21,7 +21,7 @@ SENT_IN = {"user": "user.features", "context": "context", "query": "query"}
 
 
 class Found(NamedTuple):
-    """The outcome of a look-up: a row of the user table, -1 for nobody's; is_late: it took too long."""
+    """The outcome of a look-up: a row of the user table, -1 for nobody's; is_late: there was no time for one."""
 
     row: int = NO_ROW
     is_late: bool = False

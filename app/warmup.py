@@ -39,12 +39,12 @@ async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     return ranking
 
 
-def measure(funnel: Funnel, *, yields: bool = False) -> None:
+def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
     """Seed the costs of retrieval and pre-ranking from the golden requests, at their width and at a quarter of it.
 
-    yields: three quarters of the time are left to those who are served meanwhile.
+    is_yielding: three quarters of the time are left to those who are served meanwhile.
     """
-    timed = partial(_timed, YIELDED if yields else 0.0)
+    timed = partial(_timed, YIELDED if is_yielding else 0.0)
     generation = funnel.generation
     width = min(generation.manifest.funnel.retrieve, generation.n_items)
     queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]

@@ -147,7 +147,9 @@ class RankResponse(Wire):
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
         description="Ids sent that the catalogue doesn't have, or that were sent twice."
     )
-    took_ms: dict[str, float] = Field(description="Milliseconds by stage, and in total.")
+    took_ms: dict[str, float] = Field(
+        description="Milliseconds by stage and in total; `users` with the wait for a thread."
+    )
 
 
 def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:

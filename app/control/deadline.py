@@ -19,10 +19,6 @@ class Deadline:
     def at(self) -> float:
         return self.started_at + self.timeout_s
 
-    def remaining(self, now: float) -> float:
-        """Seconds left, never negative."""
-        return max(0.0, self.at - now)
-
     def limit(self, share: float, now: float, reserve_s: float) -> float:
         """Seconds a stage may still take whose budget ends at `share` of the timeout.
 

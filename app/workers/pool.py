@@ -33,7 +33,7 @@ from app.workers.messages import Frame, Kind, Slice
 from app.workers.scoring import Deliver, Shard
 
 READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
-BEHIND_THE_LOOP = 10  # niceness of workers: whoever hands out work comes first, or all wait for it
+BEHIND = 10  # steps of niceness from the loop to its workers: who hands out work comes first, or all wait for it
 APART_S = 0.2  # between the starts of two workers that yield: an interpreter starts at the niceness of the others
 ENDED_S = 0.02  # between two looks whether a process has ended
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
@@ -94,7 +94,7 @@ class WorkerPool:
     paced_row_s: what a row takes at least; a stand-in for an accelerator, see settings.py.
     """
 
-    yields = False  # another generation serves, and mustn't notice the start
+    is_yielding = False  # another generation serves, and mustn't notice the start
 
     def __init__(
         self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
@@ -141,16 +141,16 @@ class WorkerPool:
     def seconds(self, n: int) -> float:
         return self.cost.seconds(n / max(self.n_workers, 1))
 
-    async def start(self, *, yields: bool = False) -> None:
+    async def start(self, *, is_yielding: bool = False) -> None:
         """Spawn all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
-        self.yields = yields
+        self.is_yielding = is_yielding
         self.tasks = [asyncio.create_task(life) for life in (self._watch(), *map(self._keep_alive, self.workers))]
         try:
             await self.started
         except BaseException:
             await self.close()
             raise
-        self.yields = False
+        self.is_yielding = False
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """See ShardScorer."""
@@ -238,7 +238,7 @@ class WorkerPool:
     async def _keep_alive(self, worker: _Worker) -> None:
         """One life after the other, without end."""
         n_early_deaths = 0
-        await asyncio.sleep(APART_S * worker.number if self.yields else 0.0)
+        await asyncio.sleep(APART_S * worker.number if self.is_yielding else 0.0)
         while True:
             born = time.monotonic()
             try:
@@ -260,13 +260,14 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             last.callback(ours.close)
             with theirs:
-                pace = "yields" if self.yields or self.ready else "urgent"
+                pace = "yields" if self.is_yielding or self.ready else "urgent"
                 given = (theirs.fileno(), self.generation.path, self.generation.digest, self.paced_row_s, pace)
                 command = (sys.executable, "-m", "app.workers", *map(str, given))
                 # Not the loop's own way to spawn: it forks, which for all that is mapped here takes 30 ms.
                 worker.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: ASYNC220, S603
-                os.setpriority(os.PRIO_PROCESS, worker.process.pid, BEHIND_THE_LOOP)
             last.push_async_callback(_wait_for_end, worker.process)
+            niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND)
+            os.setpriority(os.PRIO_PROCESS, worker.process.pid, niceness)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             loop = asyncio.get_running_loop()
             stream = partial(_Stream, partial(self._receive, worker))

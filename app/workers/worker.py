@@ -24,7 +24,7 @@ from app.workers import messages
 from app.workers.messages import Frame, Kind, Slice
 from app.workers.scoring import Shard, ShardModel
 
-WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape; the last ones are timed
+WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape
 SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
 LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
@@ -86,7 +86,7 @@ class Worker:
             candidates = Candidates(rows, zeros, zeros.astype(np.uint32), np.zeros(d, np.float32))
             self.model.score(Shard(person, candidates, {}, 0.0))
             took.append((time.monotonic() - started) / len(rows))
-        self.row_s = min(took)  # the others made way for somebody
+        self.row_s = min(took)  # in the others this process made way for another
 
     # ------------------------------------------------------------------------------------- one shard
 

@@ -661,10 +661,21 @@ async def test_who_can_get_no_permit_is_refused_whatever_else_it_says(service, m
         assert samples(service)[("winnow_requests_total", ("outcome", "refused"))] == before + 1
         assert api.refusal(service, sent_to("/v1/rank"), b'{"priority": "high"}') is None
         assert api.refusal(service, sent_to("/livez"), b"") is None
+    assert service.gate.coming == 1  # who named a priority
     service.gate.coming = 0
     assert (refused.status_code, refused.headers["x-request-id"]) == (503, "look-me-up")
     assert 1 <= int(refused.headers["retry-after"]) <= 3
     assert json.loads(refused.body)["status"] == 503
+
+
+async def test_who_has_no_key_is_read_and_counts_for_nothing(service, monkeypatch, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(KEYS_FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(service.gate, "inflight", 1_000_000)
+        patch.setattr(service, "keys", read_keys(file))
+        assert api.refusal(service, sent_to("/v1/rank"), b"{}") is None
+    assert (service.gate.coming, service.gate.quality.value) == (0, 1.0)
 
 
 async def test_who_found_room_counts_until_it_asks_for_its_permit(app, service, monkeypatch):

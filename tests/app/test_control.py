@@ -7,13 +7,6 @@ from app.control.degradation import BY_LOAD, BY_TIME, REASONS, SUBSTITUTES, USER
 from app.flow import Degradation, Outcome, Stage
 
 
-def test_remaining_is_what_is_left_and_never_negative():
-    deadline = Deadline(started_at=100.0, timeout_s=0.5)
-    assert deadline.at == 100.5
-    assert deadline.remaining(100.2) == pytest.approx(100.5 - 100.2)
-    assert deadline.remaining(100.6) == 0.0
-
-
 def test_a_budget_ends_at_its_share_of_the_timeout_counted_from_the_first_byte():
     deadline = Deadline(started_at=100.0, timeout_s=1.0)
     assert deadline.limit(share=0.4, now=100.1, reserve_s=0.0) == pytest.approx(0.4 - 0.1)

@@ -204,8 +204,8 @@ async def test_every_item_that_was_retrieved_is_shown_or_dropped_once(funnel, as
     outputs = []
     run = funnel.run
 
-    async def kept(*given, **named):
-        outputs.append(await run(*given, **named))
+    async def kept(*given):
+        outputs.append(await run(*given))
         return outputs[-1]
 
     funnel.run = kept
@@ -311,6 +311,28 @@ async def test_a_search_that_hangs_is_late_and_the_request_is_answered(generatio
         released.set()
     assert Degradation(Stage.RETRIEVAL, "late", "popular items") in ranking.degradations
     assert len(ranking) == world.K
+
+
+async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):
+    released = threading.Event()
+    resolved = []
+
+    def resolve(*, is_late):
+        resolved.append(is_late)
+        return offline_query({"user": {"id": "ann"}}, generation)
+
+    with ThreadPoolExecutor(2) as threads:
+        funnel = offline_funnel(generation, threads)
+        funnel.retrieval.search = lambda *_: released.wait(60)
+        query, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 0.5))
+        released.set()
+    assert resolved == [False]
+    assert query.person.is_known
+    assert [(d.stage, d.reason) for d in ranking.degradations][:2] == [
+        (Stage.RETRIEVAL, "late"),
+        (Stage.PRERANKING, "late"),
+    ]
+    assert not set(world.HISTORIES[0]) & set(ranking.rows.tolist())
 
 
 @pytest.mark.parametrize(("error", "reason"), [(StageFailed("broken"), "failed"), (TimeoutError(), "late")])
