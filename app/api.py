@@ -1,15 +1,12 @@
-"""HTTP: the routes, and the one table from error to status. Nobody else knows a status code.
+"""HTTP: the routes.
 
 Bodies are read as raw bytes, parsed by the schema and answered as bytes; the OpenAPI document still shows the
-schemas, with an example that the served bundle answers. Errors are RFC 9457 problems that name the fields.
+schemas, with an example that the served bundle answers. What an error becomes is problems.py's.
 """
 
 import asyncio
 import logging
-import random
-import re
 import time
-import uuid
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,42 +24,11 @@ from app import errors, wire
 from app.flow import Ranking, Stage
 from app.funnel import require_full
 from app.gate import Phase
+from app.problems import PROBLEM, WHY_NOT, Problem, problem, request_id_of
 from app.service import Answered, Service, Serving
 from app.settings import Limits
 
 log = logging.getLogger("winnow.request")
-
-# error of ranking → status, and the outcome that the metrics count; what isn't in the table is our bug
-OF_RANKING: dict[type[Exception], tuple[HTTPStatus, str]] = {
-    errors.MalformedBody: (HTTPStatus.BAD_REQUEST, "client_error"),
-    errors.NotAuthenticated: (HTTPStatus.UNAUTHORIZED, "client_error"),
-    errors.NotAllowed: (HTTPStatus.FORBIDDEN, "client_error"),
-    errors.BodyTooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "client_error"),
-    errors.UnsupportedMedia: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "client_error"),
-    errors.InvalidRequest: (HTTPStatus.UNPROCESSABLE_ENTITY, "client_error"),
-    errors.ContractError: (HTTPStatus.INTERNAL_SERVER_ERROR, "error"),
-    errors.CapacityError: (HTTPStatus.SERVICE_UNAVAILABLE, "refused"),
-    errors.DeadlineMissed: (HTTPStatus.GATEWAY_TIMEOUT, "deadline"),
-}
-WHY_NOT = {status.value: error.__doc__ for error, (status, _) in OF_RANKING.items()}
-STATUSES = OF_RANKING | {
-    errors.NotThere: (HTTPStatus.NOT_FOUND, "client_error"),
-    errors.Conflict: (HTTPStatus.CONFLICT, "client_error"),
-}
-RETRY_AFTER_S = (1, 3)  # drawn anew for each refusal, so that the refused don't come back together
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-PROBLEM = "application/problem+json"
-
-
-class Problem(wire.Wire):
-    """RFC 9457, with the fields that are wrong and the request's id."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    errors: tuple[errors.FieldError, ...]
-    request_id: str
 
 
 def routes(service: Service) -> APIRouter:
@@ -172,7 +137,7 @@ def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
         scope["winnow.coming"] = 1
         service.gate.coming += 1
         return None
-    request_id, traceparent = _request_id(headers), headers.get("traceparent")
+    request_id, traceparent = request_id_of(headers), headers.get("traceparent")
     response, outcome = problem(service.gate.refusal(), request_id)
     seconds, status = time.monotonic() - scope["winnow.received_at"], response.status_code
     service.metrics.request(outcome, seconds)
@@ -184,7 +149,7 @@ async def answer(request: Request, service: Service) -> Response:
     """The ranking, or the problem, of one request."""
     received_at = request.scope.get("winnow.received_at", time.monotonic())
     service.gate.coming -= request.scope.get("winnow.coming", 0)
-    request_id, answered = _request_id(request.headers), None
+    request_id, answered = request_id_of(request.headers), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
         sent = await _body(request)
@@ -208,11 +173,6 @@ async def answer(request: Request, service: Service) -> Response:
     traceparent, status = request.headers.get("traceparent"), response.status_code
     _log(answered, request_id=request_id, traceparent=traceparent, outcome=outcome, status=status, ms=_ms(seconds))
     return response
-
-
-def _request_id(headers: Headers) -> str:
-    sent = headers.get("x-request-id")
-    return sent if sent and REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
 async def _body(request: Request) -> bytes:
@@ -255,33 +215,6 @@ def _log(answered: Answered | None, **fields: Any) -> None:
             "stage_ms": _stage_ms(ranking),
         }
     log.info("rank", extra={"fields": fields})
-
-
-# -------------------------------------------------------------------------------------------- problems
-
-
-def problem(error: Exception, request_id: str) -> tuple[Response, str]:
-    """The answer to an error, and its outcome; to our bugs a 500 without a trace."""
-    status, outcome = STATUSES.get(type(error), STATUSES[errors.ContractError])
-    detail, headers = str(error), {"x-request-id": request_id}
-    if isinstance(error, HTTPException):  # 404 and 405, which no route of ours sees
-        status, detail = HTTPStatus(error.status_code), error.detail
-        headers |= error.headers or {}
-    elif outcome == "error":
-        log.error("request %s failed", request_id, exc_info=error)
-        detail = "a defect of the service; the log has it under the request id"
-    if status is HTTPStatus.UNAUTHORIZED:
-        headers["www-authenticate"] = "Bearer"
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["retry-after"] = str(random.randint(*RETRY_AFTER_S))  # noqa: S311
-    fields = error.errors if isinstance(error, errors.InvalidRequest) else ()
-    body = Problem(title=status.phrase, status=status, detail=detail, errors=fields, request_id=request_id)
-    return Response(body.model_dump_json(), status, headers, PROBLEM), outcome
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """What is raised outside POST /v1/rank, as a problem."""
-    return problem(error, _request_id(request.headers))[0]
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

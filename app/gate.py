@@ -72,9 +72,7 @@ class Gate:
 
     def has_room(self) -> bool:
         """Whether a request of normal priority could get a permit now, or is answered otherwise."""
-        is_at_floor = self.quality.is_at_floor(time.monotonic())
-        may_enter = self.admission.may_enter(self.inflight + self.coming, "normal", is_at_floor=is_at_floor)
-        return may_enter or self.phase is not Phase.SERVING
+        return self._may_enter("normal", self.inflight + self.coming) or self.phase is not Phase.SERVING
 
     def refusal(self) -> CapacityError:
         """What a request without a permit is told; counts as one that was late."""
@@ -93,14 +91,16 @@ class Gate:
         self.waiting = [waiter for waiter in self.waiting if not waiter[1].done()]  # without those who gave up
         while self.waiting:
             priority, turn = first = max(self.waiting, key=lambda waiter: PRIORITY_SHARE[waiter[0]])
-            is_at_floor = self.quality.is_at_floor(time.monotonic())
-            if not self.admission.may_enter(self.inflight, priority, is_at_floor=is_at_floor):
+            if not self._may_enter(priority, self.inflight):
                 break
             self.waiting.remove(first)
             self.inflight += 1
             turn.set_result(None)
         if not self.inflight:
             self._is_idle.set()
+
+    def _may_enter(self, priority: str, inflight: int) -> bool:
+        return self.admission.may_enter(inflight, priority, is_at_floor=self.quality.is_at_floor(time.monotonic()))
 
     async def drain(self, limit_s: float) -> bool:
         """No new permits; wait for those in flight. False if some were still running after limit_s."""

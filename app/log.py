@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 QUEUE_SIZE = 10_000  # lines waiting to be written; beyond that they are dropped
-EVERY_S = 0.05  # seconds; a thread that wakes for each line takes the interpreter from the loop five times a line
+EVERY_S = 0.05  # seconds; a thread that wakes for each line also takes the interpreter from the loop for each
 
 
 class Line(logging.Formatter):

@@ -24,7 +24,7 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app import api, log
+from app import api, log, problems
 from app.errors import ServerError, WinnowError
 from app.service import Service
 from app.settings import Settings, SettingsError
@@ -54,7 +54,7 @@ def _app(title: str, router: APIRouter) -> FastAPI:
         version=version("winnow"),
         description="Funnel ranking inside a latency SLA.",
         redoc_url=None,
-        exception_handlers={HTTPException: api.refuse, WinnowError: api.refuse},
+        exception_handlers={HTTPException: problems.refuse, WinnowError: problems.refuse},
     )
     app.include_router(router)
     return app

@@ -33,7 +33,7 @@ WORKER_STATES = ("alive", "starting", "backing_off")
 WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
 PAGE = 4096
-SCORES_OBSERVED = 3  # of an answer: its head is what moves when a model goes wrong; each takes 5 µs
+SCORES_OBSERVED = 3  # of an answer: its head is what moves when a model goes wrong
 
 # Shares of the SLA at which latency is counted: an edge exactly at it, at half and at twice.
 SLA_SHARES = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 2, 4, 10)

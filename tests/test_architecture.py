@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 APP = sorted((ROOT / "app").rglob("*.py"))
 LINES = 3_000  # of code: blank lines, comments and docstrings not counted
-OWED = 245  # over that since faults and overload came in; to be taken out again, never to be added to
+OWED = 243  # over that since faults and overload came in; to be taken out again, never to be added to
 
 
 def name(file: Path) -> str:
@@ -95,7 +95,7 @@ def test_only_settings_reads_the_environment(file):
 
 
 def test_only_the_api_knows_status_codes(file):
-    if name(file) != "app/api.py":
+    if name(file) not in ("app/api.py", "app/problems.py"):
         assert not uses(file, "http")
         assert not uses(file, "fastapi.status", "starlette.status")
         tree = ast.walk(ast.parse(file.read_text()))
@@ -108,7 +108,7 @@ def test_only_metrics_knows_prometheus(file):
 
 
 def test_only_the_http_side_knows_the_web_framework(file):
-    if name(file) not in ("app/api.py", "app/main.py"):
+    if name(file) not in ("app/api.py", "app/problems.py", "app/main.py"):
         assert not uses(file, "fastapi", "starlette", "uvicorn")
 
 

@@ -6,7 +6,7 @@ are always exact inner products with the stored embeddings, whatever the index a
 """
 
 import time
-from functools import cached_property, reduce
+from functools import reduce
 from operator import and_
 from typing import Any
 
@@ -36,6 +36,7 @@ class Retrieval:
         self.retriever = generation.manifest.retrievers[0]
         self.embedding = generation.tables["embedding"]
         self.cost = Cost(1e-3, 1e-7)
+        self.plain_ivf = faiss.SearchParametersIVF(nprobe=self.retriever.search.get("nprobe", 1))
 
     def wanted(self, scope: RequestScope, query: Query, given: None) -> int:
         return scope.retrieve_width if query.candidates is None else len(query.candidates)
@@ -124,13 +125,9 @@ class Retrieval:
             return faiss.SearchParameters(sel=selector)
         if self.retriever.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(search["efSearch"], n_fetched), sel=selector)
-        if selector is None:  # always the same: to make them takes longer than to read the ids
-            return self._ivf
+        if selector is None:
+            return self.plain_ivf
         return faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
-
-    @cached_property
-    def _ivf(self) -> Any:
-        return faiss.SearchParametersIVF(nprobe=self.retriever.search["nprobe"])
 
     def _search_exactly(self, rows: Rows, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)

@@ -14,7 +14,6 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import api, metrics, wire
-from app.api import PROBLEM, WHY_NOT
 from app.control.admission import PRIORITY_SHARE
 from app.control.quality import Quality
 from app.errors import ContractError, InvalidRequest, StageFailed
@@ -22,6 +21,7 @@ from app.gate import Phase
 from app.keys import read_keys
 from app.log import Line
 from app.main import create_admin_app, create_app
+from app.problems import PROBLEM, WHY_NOT
 from app.service import Service
 from app.settings import Limits, Settings
 from tests import world

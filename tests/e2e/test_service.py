@@ -1,11 +1,13 @@
 """The real process on real ports: starts, ranks, survives bad input, stops cleanly, refuses a bad bundle."""
 
+import http.client
 import json
 import os
 import select
 import shutil
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,6 +66,25 @@ def test_a_body_in_two_parts_and_a_request_behind_it_are_both_answered(service):
             answers += (part := connection.recv(65536))
             assert part, answers
     assert answers.count(b"HTTP/1.1 200") == 2
+
+
+def test_who_finds_no_room_is_refused_unread_and_its_connection_goes_on(bundle):
+    headers = {"content-type": "application/json"} | AUTHORIZED
+    with running(bundle, WINNOW_MAX_INFLIGHT="1", WINNOW_WORKERS="1", WINNOW_PACED_ROW_MS="30") as process:
+        process.wait_until_ready()
+        connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=PATIENCE_S)
+        with ThreadPoolExecutor(1) as thread:
+            inside = thread.submit(ranks_well, process)  # for 32 rows of 30 ms
+            statuses = []
+            while not inside.done():
+                connection.request("POST", "/v1/rank", b"not JSON", headers)
+                reply = connection.getresponse()
+                reply.read()
+                statuses.append((reply.status, reply.getheader("retry-after") is not None))
+            assert inside.result()
+        connection.request("POST", "/v1/rank", b"not JSON", headers)
+        assert connection.getresponse().status == 400
+    assert (503, True) in statuses  # who is read gets a 400
 
 
 def test_a_body_without_an_announced_length_is_cut_off_too(service):
