@@ -85,7 +85,7 @@ class Funnel:
         try:
             query, scope, coarse = await asyncio.wait_for(work, limit_s)
         except TimeoutError:  # a search can't be stopped: it goes on in its thread, unheard
-            query, scope, coarse = await asyncio.to_thread(_outcome_of, partial(narrow, is_late=True))
+            query, scope, coarse = await narrow(is_late=True)  # here: another hop would be another wait
         fine = await self.run(self.reranking, scope, query, coarse)
         return query, self.select(scope, query, fine)
 
@@ -101,6 +101,13 @@ class Funnel:
         coarse = await self.run(self.preranking, scope, query, found)
         scope.is_late = False
         return query, scope, coarse.top(scope.keep)
+
+    def seconds(self, quality: float, n_threads: int) -> float:
+        """What a request is expected to take at this quality where so many threads, and all workers, are busy."""
+        widths = self.generation.manifest.funnel
+        n = max(int(quality * widths.retrieve), widths.rerank)
+        narrow_s = self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n)
+        return narrow_s / n_threads + self.reranking.cost.seconds(int(quality * widths.rerank))
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 
-from app.control.admission import PRIORITY_SHARE, Admission
+from app.control.admission import PRIORITY_SHARE, Admission, most_in_time
 from app.control.quality import Quality
 from app.errors import CapacityError
 from app.metrics import Metrics
@@ -32,7 +32,7 @@ class Gate:
     """Gives permits, and steers quality and their number by what became of those who had one."""
 
     def __init__(self, most: int, sla_s: float, metrics: Metrics) -> None:
-        self.sla_s = sla_s
+        self.most, self.sla_s = most, sla_s
         self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
         self.inflight = 0
@@ -79,10 +79,17 @@ class Gate:
         self.quality.finished(time.monotonic(), is_in_time=False)
         return CapacityError(f"{self.inflight} requests are in flight; no permit for this priority")
 
-    def finished(self, latency_s: float, extra_s: float) -> None:
-        """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top."""
+    def expects(self, floor_s: float) -> None:
+        """What stages and workers take for a request at quality's floor; more than fit an SLA are never let in."""
+        self.admission.most = min(self.most, most_in_time(self.sla_s, floor_s))
+
+    def finished(self, began_at: float, latency_s: float, extra_s: float) -> None:
+        """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top.
+
+        That it was slow says that the floor isn't enough only if it began when the backlog of better days was gone.
+        """
         now = time.monotonic()
-        is_at_floor = self.quality.is_at_floor(now)
+        is_at_floor = self.quality.floored_at + self.sla_s <= began_at
         self.admission.finished(now, latency_s, self.inflight, is_at_floor=is_at_floor)
         self.quality.finished(now, is_in_time=latency_s + extra_s <= AIM * self.sla_s)
 

@@ -21,6 +21,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from app import wire
 from app.bundle import Generation, load
 from app.control.deadline import Deadline
+from app.control.quality import FLOOR
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
 from app.flow import Query, Ranking
 from app.funnel import Funnel
@@ -83,6 +84,7 @@ class Service:
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
+        self.gate.expects(opened.funnel.seconds(FLOOR, self.settings.threads))
         self.gate.phase = Phase.SERVING
         log.info("serving %s, %d items, %d workers", generation.name, generation.n_items, opened.pool.n_workers)
         log.info("ready after %.1f s", time.monotonic() - started)
@@ -196,7 +198,8 @@ class Service:
                 query, ranking = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started))
                 users_s = time.monotonic() - started - sum(report.seconds for report in ranking.reports)
                 if deadline.timeout_s >= self.gate.sla_s:
-                    self.gate.finished(time.monotonic() - complete_at, ranking.extra_s)
+                    self.gate.finished(started, time.monotonic() - complete_at, ranking.extra_s)
+                    self.gate.expects(serving.funnel.seconds(FLOOR, self.settings.threads))
                 self.metrics.ranking(ranking)
                 return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
 

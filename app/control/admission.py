@@ -2,6 +2,7 @@
 
     limit <- limit + 1 / limit     for a request that ended well inside the SLA while the limit was in use
     limit <- inflight · share      for one that didn't, at most once an SLA; share = comfort · SLA / latency
+    limit <= most                  beyond which no answer in time can be hoped for, whatever the quality
 
 By Little's law so many requests as `inflight · share` would have had that latency cut to what is comfortable.
 
@@ -14,7 +15,17 @@ from dataclasses import dataclass
 LOWEST = 4.0  # permits: below it the cores idle between two requests
 STEEPEST = 0.5  # share of the permits that one slow request leaves at least
 COMFORT = 0.4  # of the SLA: the rest is for what varies, so that 99 of 100 that are let in are in time
+IN_LOOP_S = 2e-3  # that a request takes the event loop: parsing, handing out shards, the answer
+SLACK = 1.25  # times what is in time at the floor: quality has not yet reached it when a burst comes
 PRIORITY_SHARE = {"low": 0.5, "normal": 0.9, "high": 1.0}
+
+
+def most_in_time(sla_s: float, floor_s: float) -> float:
+    """Beyond how many in flight an answer in time can't be hoped for, by Little's law: slack · SLA / (loop + floor).
+
+    floor_s: what a request takes the stages and workers at quality's floor.
+    """
+    return max(LOWEST, SLACK * sla_s / (IN_LOOP_S + floor_s))
 
 
 @dataclass(slots=True)
@@ -31,7 +42,7 @@ class Admission:
 
     def may_enter(self, inflight: int, priority: str, *, is_at_floor: bool) -> bool:
         """Whether one more may run. Above quality's floor only the hard limit refuses."""
-        limit = self.limit if is_at_floor else self.most
+        limit = min(self.limit, self.most) if is_at_floor else self.most
         return inflight < max(1.0, limit * PRIORITY_SHARE[priority])
 
     def finished(self, now: float, latency_s: float, inflight: int, *, is_at_floor: bool) -> None:

@@ -24,10 +24,14 @@ RECOVERY_PER_S = (1 - FLOOR) / 1.8  # two seconds after the load went, with what
 
 @dataclass(slots=True)
 class Quality:
-    """The factor that all widths are multiplied by, in [floor, 1]; `at` is when it was last moved, seconds."""
+    """The factor that all widths are multiplied by, in [floor, 1].
+
+    at: when it was last moved, seconds. floored_at: since when it has been at its floor, if it is there.
+    """
 
     value: float = 1.0
     at: float = 0.0
+    floored_at: float = 0.0
 
     def now(self, now: float) -> float:
         """The quality at this instant: the value, risen since by the time that went by."""
@@ -40,4 +44,7 @@ class Quality:
     def finished(self, now: float, *, is_in_time: bool) -> None:
         """A request ended; it would have been in time at its wanted width, or not."""
         change = STEP if is_in_time else -STEP * PERCENTILE / (1 - PERCENTILE)
+        was_at_floor = self.is_at_floor(now)
         self.value, self.at = min(1.0, max(FLOOR, self.now(now) + change)), now
+        if not (was_at_floor and self.is_at_floor(now)):
+            self.floored_at = now

@@ -143,7 +143,26 @@ async def test_above_the_floor_nobody_is_refused_below_the_hard_limit(gate):
 
 async def test_what_the_full_widths_would_have_taken_counts_against_quality(gate):
     gate.quality = Quality()
-    gate.finished(0.4 * SLA_S, extra_s=0.4 * SLA_S)
+    gate.finished(0.0, 0.4 * SLA_S, extra_s=0.4 * SLA_S)
     assert gate.quality.value == 1.0
-    gate.finished(0.4 * SLA_S, extra_s=0.5 * SLA_S)
+    gate.finished(0.0, 0.4 * SLA_S, extra_s=0.5 * SLA_S)
     assert gate.quality.value < 1.0
+
+
+async def test_what_began_with_the_backlog_of_better_days_takes_no_permits(gate):
+    gate.quality = Quality(FLOOR, at=math.inf, floored_at=10 * SLA_S)
+    gate.finished(10.9 * SLA_S, 0.9 * SLA_S, extra_s=0.0)
+    assert gate.admission.limit == 8
+    gate.finished(11.1 * SLA_S, 0.9 * SLA_S, extra_s=0.0)
+    assert gate.admission.limit < 8
+
+
+async def test_more_than_an_sla_holds_at_the_floor_are_not_let_in_at_any_quality(gate):
+    gate.quality = Quality()
+    gate.expects(floor_s=SLA_S)
+    await go(*await fill(gate, 4))
+    await fill(gate, 4)
+    assert not gate.has_room()
+    gate.expects(floor_s=0.0)
+    assert gate.has_room()
+    assert gate.admission.most == MOST

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from app.control.admission import COMFORT, LOWEST, PRIORITY_SHARE, STEEPEST, Admission
+from app.control.admission import COMFORT, IN_LOOP_S, LOWEST, PRIORITY_SHARE, SLACK, STEEPEST, Admission, most_in_time
 from app.control.costs import QUANTILE, STEP, Cost, fitted
 from app.control.hedging import MOST, SHARE, HedgeBudget, late_after
 from app.control.quality import FLOOR, PERCENTILE, RECOVERY_PER_S, Quality
@@ -103,7 +103,34 @@ def test_within_one_pull_of_the_floor_counts_as_the_floor():
     assert not Quality(FLOOR, at=0.0).is_at_floor(PULL / RECOVERY_PER_S + 0.01)
 
 
+def test_it_knows_since_when_it_is_at_its_floor():
+    quality = Quality(FLOOR + 1.5 * PULL, at=5.0)
+    quality.finished(5.0, is_in_time=False)
+    quality.finished(5.1, is_in_time=False)
+    assert quality.is_at_floor(5.1)
+    assert quality.floored_at == 5.0
+    quality.finished(7.0, is_in_time=True)  # time has lifted it meanwhile
+    for _ in range(9):
+        quality.finished(7.0, is_in_time=False)
+    quality.finished(7.1, is_in_time=False)
+    assert quality.floored_at == 7.0
+
+
 # ----------------------------------------------------------------------------------------- admission
+
+
+def test_no_more_are_in_flight_than_the_floor_can_answer_in_an_sla():
+    assert most_in_time(0.1, 3e-3) == pytest.approx(SLACK * 0.1 / (IN_LOOP_S + 3e-3))
+    assert most_in_time(0.1, 0.0) == pytest.approx(SLACK * 0.1 / IN_LOOP_S)
+    assert most_in_time(0.1, 10.0) == LOWEST
+
+
+def test_the_bound_holds_at_the_floor_and_above_it():
+    admission = Admission(most=100, sla_s=0.1)
+    admission.most = 20.0
+    for is_at_floor in (True, False):
+        assert admission.may_enter(17, "normal", is_at_floor=is_at_floor)
+        assert not admission.may_enter(18, "normal", is_at_floor=is_at_floor)
 
 
 def test_above_the_floor_only_the_hard_limit_refuses():
