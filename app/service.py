@@ -7,8 +7,6 @@ it gets its permit; one that leaves is closed when its last request has ended.
 
 import asyncio
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
 
 from app import wire
 from app.bundle import Generation, load
@@ -29,8 +26,9 @@ from app.gate import Gate, Phase
 from app.keys import read_keys
 from app.metrics import Metrics
 from app.settings import Settings
-from app.warmup import measure, prove
+from app.warmup import measure, prove, prove_aside
 from app.workers.pool import WorkerPool
+from app.workers.process import FORKS, start_server
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +79,7 @@ class Service:
     async def start(self) -> None:
         """Everything until the first request may run. Raises BundleError, ServerError."""
         started = time.monotonic()
+        await asyncio.to_thread(start_server)
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
@@ -205,14 +204,16 @@ class Service:
 
 
 async def _prove_apart(path: Path) -> None:
-    """Verify and prove a bundle in a process that yields to everybody. Raises BundleError with its sentence."""
-    command = (sys.executable, "-m", "app", "check", str(path))
-    process = Popen(command, stdout=DEVNULL, stderr=PIPE)  # noqa: ASYNC220, S603
+    """Verify and prove a bundle in another process. Raises BundleError with its sentence."""
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=prove_aside, args=(path, theirs), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-        _, said = await asyncio.to_thread(process.communicate)
+        if why := await asyncio.to_thread(ours.recv):
+            raise BundleError(why)
+    except EOFError as e:
+        process.join()
+        raise BundleError(f"{path}: the process that checked it ended with code {process.exitcode}") from e
     finally:
         process.kill()  # nothing happens to one that has ended
-    if process.returncode:
-        lines = said.decode(errors="replace").strip().splitlines() or [f"ended with code {process.returncode}"]
-        raise BundleError(lines[-1].removeprefix("refused: "))

@@ -3,23 +3,27 @@
 Running them also warms everything up: memory maps, the runtime's memory plans, FAISS's buffers.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
 from app import wire
-from app.bundle import Generation
+from app.bundle import Generation, load
 from app.control.costs import fitted
 from app.control.deadline import Deadline
 from app.errors import BundleError, ClientError, require
 from app.flow import Query, Ranking
 from app.funnel import Funnel, offline_funnel
 from app.manifest import MANIFEST, UNFORESEEN, Golden, opening
+from app.workers.process import yield_to_everybody
 
 TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 on scores near 1
 UNHURRIED_S = 600.0
@@ -75,6 +79,16 @@ async def prove(generation: Generation) -> None:
         funnel = offline_funnel(generation, threads)
         for number, golden in enumerate(generation.manifest.golden):
             await _prove_one(funnel, golden, f"manifest.json: golden request {number}")
+
+
+def prove_aside(path: Path, said: Connection) -> None:
+    """Verify and prove a bundle in a process of its own, which yields to everybody; says why it is refused, or ""."""
+    yield_to_everybody()
+    try:
+        asyncio.run(prove(load(path)))
+        said.send("")
+    except BundleError as e:
+        said.send(str(e))
 
 
 async def _prove_one(funnel: Funnel, golden: Golden, where: str) -> None:

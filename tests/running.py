@@ -76,9 +76,9 @@ class Running:
             _wait_for_port(port, self.process)
 
     def workers(self) -> list[int]:
-        """Process ids of its children."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
+        """Process ids of the workers of what it serves."""
+        held = self.call("GET", "/admin/generations", port=self.admin_port).json()["generations"]
+        return [pid for one in held if one["role"] == "serving" for pid in one["workers"].values()]
 
 
 def _wait_for_port(port: int, process: "subprocess.Popen[str]") -> None:

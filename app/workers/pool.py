@@ -12,16 +12,14 @@ of requests or stages. It is over 250 lines because both lives, a shard's and a 
 import asyncio
 import itertools
 import logging
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 
 from app.bundle import Generation
 from app.control.costs import Cost
@@ -30,11 +28,11 @@ from app.errors import ContractError, ServerError, StageFailed
 from app.metrics import Metrics
 from app.workers import messages
 from app.workers.messages import Frame, Kind, Slice
+from app.workers.process import FORKS
 from app.workers.scoring import Deliver, Shard
+from app.workers.worker import work
 
 READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
-BEHIND = 10  # steps of niceness from the loop to its workers: who hands out work comes first, or all wait for it
-APART_S = 0.2  # between the starts of two workers that yield: an interpreter starts at the niceness of the others
 ENDED_S = 0.02  # between two looks whether a process has ended
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
@@ -79,7 +77,7 @@ class _Worker:
     number: int
     state: str = "starting"
     is_ready: asyncio.Event = field(default_factory=asyncio.Event)
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: BaseProcess = field(init=False)
     transport: asyncio.WriteTransport = field(init=False)
     job: _Job | None = None
     run: int = 0
@@ -128,7 +126,7 @@ class WorkerPool:
 
     def pids(self) -> dict[int, int]:
         """Process ids of the living workers, by worker number."""
-        return {w.number: w.process.pid for w in self.ready}
+        return {w.number: w.process.pid or 0 for w in self.ready}
 
     def count(self, state: str) -> int:
         """How many workers are alive, starting, or backing_off (waiting to be started again)."""
@@ -238,7 +236,6 @@ class WorkerPool:
     async def _keep_alive(self, worker: _Worker) -> None:
         """One life after the other, without end."""
         n_early_deaths = 0
-        await asyncio.sleep(APART_S * worker.number if self.is_yielding else 0.0)
         while True:
             born = time.monotonic()
             try:
@@ -260,14 +257,11 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             last.callback(ours.close)
             with theirs:
-                pace = "yields" if self.is_yielding or self.ready else "urgent"
-                given = (theirs.fileno(), self.generation.path, self.generation.digest, self.paced_row_s, pace)
-                command = (sys.executable, "-m", "app.workers", *map(str, given))
-                # Not the loop's own way to spawn: it forks, which for all that is mapped here takes 30 ms.
-                worker.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: ASYNC220, S603
+                is_yielding = self.is_yielding or bool(self.ready)
+                given = (theirs, self.generation.path, self.generation.digest, self.paced_row_s, is_yielding)
+                worker.process = FORKS.Process(target=work, args=given, daemon=True)
+                worker.process.start()
             last.push_async_callback(_wait_for_end, worker.process)
-            niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND)
-            os.setpriority(os.PRIO_PROCESS, worker.process.pid, niceness)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             loop = asyncio.get_running_loop()
             stream = partial(_Stream, partial(self._receive, worker))
@@ -341,7 +335,7 @@ class WorkerPool:
             await asyncio.sleep(LOOK_S)
             for worker in self.workers:
                 worker.owes = {kind: n_looks - 1 for kind, n_looks in worker.owes.items()}
-                if 0 in worker.owes.values() and worker.process.poll() is None:
+                if 0 in worker.owes.values() and worker.process.is_alive():
                     log.warning("worker %d does not answer: killed", worker.number)
                     worker.process.kill()
                 if worker.is_ready.is_set():
@@ -372,12 +366,12 @@ class _Stream(asyncio.Protocol):
             self.ended.set_exception(why)
 
 
-async def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
+async def _wait_for_end(process: BaseProcess) -> None:
     """Returns when the process has ended: by itself, since its socket is closed, or else killed."""
     patience = time.monotonic() + CLOSE_S
     try:
-        while process.poll() is None and time.monotonic() < patience:  # noqa: ASYNC110
+        while process.is_alive() and time.monotonic() < patience:  # noqa: ASYNC110
             await asyncio.sleep(ENDED_S)
     finally:
         process.kill()
-        process.wait()
+        process.join()

@@ -2,15 +2,17 @@
 
 The main thread scores, in slices, best candidates first; each is sent as soon as it is there, and one that has
 expired is not started. A second thread reads the socket meanwhile: it answers PING, and STOP ends the run that is
-under way (`RunOptions.terminate`). Its process (`__main__.py`) ends when the parent closes the socket or dies.
+under way (`RunOptions.terminate`). Its process ends when the parent closes the socket or dies.
 """
 
 import contextlib
+import os
 import queue
 import socket
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
 
@@ -22,8 +24,10 @@ from app.errors import ServerError, StageFailed
 from app.flow import Candidates, Person
 from app.workers import messages
 from app.workers.messages import Frame, Kind, Slice
+from app.workers.process import yield_to_everybody
 from app.workers.scoring import Shard, ShardModel
 
+BEHIND = 10  # steps of niceness behind the loop: who hands out work comes first, or all wait for it
 WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape
 SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
 LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
@@ -41,11 +45,25 @@ class Run:
         self.options.terminate = True
 
 
-def prepare(fd: int, bundle: str, digest: str, paced_row_s: float) -> "Worker":
+def work(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float, is_yielding: bool) -> None:
+    """The process of one worker, to its end.
+
+    is_yielding: while it gets ready others serve, who mustn't notice. Linux keeps a priority for each thread: that of
+    the main one, which will score, stays as it was.
+    """
+    os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
+    os.nice(BEHIND)
+    with ThreadPoolExecutor(1) as thread:
+        if is_yielding:
+            thread.submit(yield_to_everybody)
+        ready = thread.submit(prepare, connection, bundle, digest, paced_row_s).result()
+    ready.serve()
+
+
+def prepare(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float) -> "Worker":
     """The worker on this socket, warm. What keeps it from working is told to the parent, then raised."""
-    connection = socket.socket(fileno=fd)
     try:
-        worker = Worker(connection, load_re_ranker(Path(bundle), digest), paced_row_s)
+        worker = Worker(connection, load_re_ranker(bundle, digest), paced_row_s)
         worker.warm_up()
     except ServerError as e:
         with connection:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from app.control.carrying import PRIOR_ROWS, to_request_scale
+from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.errors import ContractError, DeadlineMissed, StageFailed
 from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, best_first, sealed
@@ -311,6 +312,15 @@ async def test_a_search_that_hangs_is_late_and_the_request_is_answered(generatio
         released.set()
     assert Degradation(Stage.RETRIEVAL, "late", "popular items") in ranking.degradations
     assert len(ranking) == world.K
+
+
+async def test_what_a_request_takes_follows_its_quality_and_what_is_side_by_side(funnel):
+    funnel.retrieval.cost, funnel.preranking.cost = Cost(1e-3, 1e-5), Cost(0.0, 1e-5)
+    funnel.reranking.cost = Cost(2e-3, 1e-4)
+    widths = funnel.generation.manifest.funnel
+    retrieve, rerank = max(widths.retrieve // 2, widths.rerank), widths.rerank // 2
+    assert funnel.seconds(0.5, 2) == pytest.approx((1e-3 + 2e-5 * retrieve) / 2 + 2e-3 + 1e-4 * rerank)
+    assert funnel.seconds(1.0, 1) > funnel.seconds(0.5, 1) > funnel.seconds(0.5, 2)
 
 
 async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):

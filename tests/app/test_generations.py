@@ -100,6 +100,14 @@ async def test_a_bundle_that_must_not_be_served_is_refused_by_name_and_the_old_o
     assert (await rank(create_app(service), PATIENT)).json()["degraded"] == []
 
 
+async def test_a_check_that_ends_without_a_word_is_a_refusal_too(service, admin, other, monkeypatch):
+    monkeypatch.setattr("app.service.prove_aside", print)
+    await offer(admin, other)
+    await loaded(service)
+    assert service.loading["error"] == f"{other}: the process that checked it ended with code 0"
+    assert versions(service) == {"serving": "1"}
+
+
 @pytest.mark.parametrize(
     ("body", "status"), [(b'{"path": "/no/such/bundle"}', 404), (b"{}", 422), (b'{"path": 7}', 422), (b'{"path"', 400)]
 )

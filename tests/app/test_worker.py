@@ -101,7 +101,7 @@ def test_a_child_ends_without_a_trace_when_its_parent_is_gone(generation):
 def test_a_child_that_can_not_start_says_why(generation):
     ours, theirs = socket.socketpair()
     with pytest.raises(BundleError):
-        worker.prepare(theirs.detach(), str(generation.path), "0" * 64, 0.0)
+        worker.prepare(theirs, generation.path, "0" * 64, 0.0)
     header, payload = receive(ours)
     assert header.kind is Kind.FAILED
     assert payload.startswith(b"manifest.json: its SHA-256")

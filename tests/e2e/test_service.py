@@ -84,6 +84,8 @@ def test_who_finds_no_room_is_refused_unread_and_its_connection_goes_on(bundle):
 
             with ThreadPoolExecutor(1) as thread:
                 inside = thread.submit(ranks_well, process)  # for 32 rows of 30 ms
+                while b"winnow_inflight 1.0" not in process.call("GET", "/metrics", port=process.admin_port).body:
+                    pass
                 while not inside.done():
                     ask()
                 assert inside.result()

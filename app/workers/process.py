@@ -1,0 +1,24 @@
+"""Processes beside the service: forked from one that has imported what they need and runs no thread.
+
+An interpreter with all its imports takes most of a second of a core, which those who are served would notice at each
+swap and after each death; a fork takes milliseconds. The server of forks is the standard library's; it is started with
+the first process and needs a directory for temporary files.
+"""
+
+import multiprocessing
+import os
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["app.workers.worker", "app.warmup"])
+
+
+def yield_to_everybody() -> None:
+    """The thread that calls this runs only where a core is idle; it makes way at once, which niceness doesn't."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def start_server() -> None:
+    """Start the server of forks; returns when it has imported what it should."""
+    process = FORKS.Process(target=int)
+    process.start()
+    process.join()
