@@ -38,7 +38,7 @@ demo: $(VENV)/train.stamp  ## fetch, train, pack, serve, and rank once; stays up
 	$(BIN)/python -m models demo --port $(PORT) --admin-port $(ADMIN_PORT) --workers $(WORKERS)
 
 serve: $(VENV)/serve.stamp  ## serve a bundle: BUNDLE=… PORT=… ADMIN_PORT=… WORKERS=…
-	WINNOW_BUNDLE=$(BUNDLE) WINNOW_PORT=$(PORT) WINNOW_ADMIN_PORT=$(ADMIN_PORT) WINNOW_WORKERS=$(WORKERS) \
+	exec env WINNOW_BUNDLE=$(BUNDLE) WINNOW_PORT=$(PORT) WINNOW_ADMIN_PORT=$(ADMIN_PORT) WINNOW_WORKERS=$(WORKERS) \
 	  $(BIN)/python -m app serve
 
 check: $(VENV)/dev.stamp  ## format, lint, types, architecture
@@ -67,4 +67,4 @@ bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models
 	$(BIN)/python -m loadtest faults
 
 clean:  ## remove what was made: the venv, data, bundles, caches
-	rm -rf $(VENV) data models/bundles models/artefacts reports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data models/bundles models/artefacts reports winnow.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -81,7 +81,7 @@ class Gate:
 
     def expects(self, floor_s: float) -> None:
         """What stages and workers take for a request at quality's floor; more than fit an SLA are never let in."""
-        self.admission.most = min(self.most, most_in_time(self.sla_s, floor_s))
+        self.admission.allow(min(self.most, most_in_time(self.sla_s, floor_s)))
 
     def finished(self, began_at: float, latency_s: float, extra_s: float) -> None:
         """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top.

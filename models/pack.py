@@ -64,7 +64,7 @@ def pack(
     if not 0 < recall <= 1:
         raise PackError(f"--recall: is {recall:g}; allowed is more than 0 and at most 1")
     config = read_config(config_file)
-    _check_target(out, force)
+    check_target(out, force)
     with _draft_beside(out) as draft:
         try:
             generation = _fill(config, draft, (recall, kind), say)
@@ -323,7 +323,8 @@ def _write_manifest(manifest: Manifest, draft: Path) -> None:
 # --------------------------------------------------------------------------------------------- target
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool) -> None:
+    """Raises PackError when a bundle may not be made here: something is there already, and isn't to be replaced."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:

@@ -29,7 +29,7 @@ from app.bundle import NO_ROW, open_session, run_model
 from app.features import Inputs, ModelInput, Tables, named_features, request_inputs
 from app.flow import Candidates, Person
 from models import index, stand_ins
-from models.pack import pack
+from models.pack import check_target, pack
 from models.pack_config import PackError
 from models.stand_ins import FEATURES, HISTORY, MOMENT, PRE_RANKER, Found
 
@@ -143,6 +143,7 @@ def synthesize(out: Path, n_items: int, *, d: int, seed: int, name: str, force: 
     """Make the bundle `out` and, beside it, <out>.requests.jsonl. Returns `out`. Raises PackError."""
     if n_items < FEWEST_ITEMS or d < 2:
         raise PackError(f"--items, --dim: are {n_items:,}, {d}; allowed are {FEWEST_ITEMS:,} and 2, or more")
+    check_target(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent) as folder:
         world = World(n_items, d, seed, Path(folder))

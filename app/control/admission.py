@@ -40,9 +40,13 @@ class Admission:
     def __post_init__(self) -> None:
         self.limit = self.limit or self.most
 
+    def allow(self, most: float) -> None:
+        """At most so many from now on."""
+        self.most, self.limit = most, min(self.limit, most)
+
     def may_enter(self, inflight: int, priority: str, *, is_at_floor: bool) -> bool:
         """Whether one more may run. Above quality's floor only the hard limit refuses."""
-        limit = min(self.limit, self.most) if is_at_floor else self.most
+        limit = self.limit if is_at_floor else self.most
         return inflight < max(1.0, limit * PRIORITY_SHARE[priority])
 
     def finished(self, now: float, latency_s: float, inflight: int, *, is_at_floor: bool) -> None:

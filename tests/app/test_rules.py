@@ -127,7 +127,8 @@ def test_no_more_are_in_flight_than_the_floor_can_answer_in_an_sla():
 
 def test_the_bound_holds_at_the_floor_and_above_it():
     admission = Admission(most=100, sla_s=0.1)
-    admission.most = 20.0
+    admission.allow(20.0)
+    assert admission.limit == 20.0
     for is_at_floor in (True, False):
         assert admission.may_enter(17, "normal", is_at_floor=is_at_floor)
         assert not admission.may_enter(18, "normal", is_at_floor=is_at_floor)

@@ -136,3 +136,14 @@ def test_a_catalogue_too_small_is_refused(
     assert main(["synthesize", "--items", "999", "--out", str(tmp_path / "w1")]) == 2
     assert "allowed are 1,000 and 2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_is_there_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "w1").mkdir()
+    assert main(["synthesize", "--items", "1000", "--out", str(tmp_path / "w1")]) == 2
+    said = capsys.readouterr()
+    assert "is there already" in said.err
+    assert not said.out
