@@ -16,7 +16,6 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -37,12 +36,8 @@ def routes(service: Service) -> APIRouter:
     responses: dict[int | str, dict[str, Any]] = {
         code: {"description": why, "content": _content(Problem, PROBLEM)} for code, why in WHY_NOT.items()
     }
-    responses[200] = {
-        "description": "ranked",
-        "content": _content(wire.RankResponse),
-        "headers": {"X-Request-Id": {"schema": {"type": "string"}}},
-    }
-
+    headers = {"X-Request-Id": {"schema": {"type": "string"}}}
+    responses[200] = {"description": "ranked", "content": _content(wire.RankResponse), "headers": headers}
     request_body = {"required": True, "content": _content(wire.RankRequest)}
 
     @router.post("/v1/rank", response_class=Response, responses=responses, openapi_extra={"requestBody": request_body})
@@ -81,13 +76,13 @@ def admin_routes(service: Service) -> APIRouter:
 
     @router.post("/admin/generations", status_code=HTTPStatus.ACCEPTED)
     async def offer(request: Request) -> dict[str, Any]:
-        asked = wire.read(await _body(request), wire.OfferRequest)
+        asked = wire.parse(await _body(request), wire.OfferRequest)
         service.offer(Path(asked.path), activate=asked.activate)
         return {}
 
     @router.post("/admin/rollback", status_code=HTTPStatus.ACCEPTED)
     async def roll_back() -> dict[str, Any]:
-        service.roll_back()
+        service.switch_to("previous")
         return {}
 
     return router
@@ -128,32 +123,29 @@ def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
     """
     if (scope["method"], scope["path"]) != ("POST", "/v1/rank"):
         return None
-    headers = Headers(scope=scope)
+    request = Request(scope)
     try:
-        service.keys.require(headers.get("authorization"), "rank")
+        service.keys.require(request.headers.get("authorization"), "rank")
     except errors.ClientError:
         return None
     if service.gate.has_room() or b'"priority"' in body:
         scope["winnow.coming"] = 1
         service.gate.coming += 1
         return None
-    request_id, traceparent = request_id_of(headers), headers.get("traceparent")
-    response, outcome = problem(service.gate.refusal(), request_id)
-    seconds, status = time.monotonic() - scope["winnow.received_at"], response.status_code
-    service.metrics.request(outcome, seconds)
-    _log(None, request_id=request_id, traceparent=traceparent, outcome=outcome, status=status, ms=_ms(seconds))
-    return response
+    response, outcome = problem(service.gate.refusal(), request_id_of(request.headers))
+    return _counted(service, request, response, outcome)
 
 
 async def answer(request: Request, service: Service) -> Response:
     """The ranking, or the problem, of one request."""
-    received_at = request.scope.get("winnow.received_at", time.monotonic())
+    received_at = request.scope.setdefault("winnow.received_at", time.monotonic())
     service.gate.coming -= request.scope.get("winnow.coming", 0)
     request_id, answered = request_id_of(request.headers), None
     try:
         service.keys.require(request.headers.get("authorization"), "rank")
-        sent = await _body(request)
-        asked = await asyncio.to_thread(wire.parse, sent) if len(sent) > wire.LARGE_BODY else wire.parse(sent)
+        sent, schema = await _body(request), wire.RankRequest
+        is_large = len(sent) > wire.LARGE_BODY
+        asked = await asyncio.to_thread(wire.parse, sent, schema) if is_large else wire.parse(sent, schema)
         request_id = asked.request_id or request_id
         complete_at = request.scope.get("winnow.complete_at", received_at)
         answered = await service.rank(asked, request_id, (received_at, complete_at))
@@ -168,10 +160,25 @@ async def answer(request: Request, service: Service) -> Response:
         response, outcome = problem(e, request_id)
     if service.gate.phase is Phase.DRAINING:
         response.headers["connection"] = "close"  # or the client would come back on a socket that is about to go
-    seconds = time.monotonic() - received_at
+    return _counted(service, request, response, outcome, answered)
+
+
+def _counted(
+    service: Service, request: Request, response: Response, outcome: str, answered: Answered | None = None
+) -> Response:
+    """The response, counted, and logged in one line with what there is to say of its ranking."""
+    seconds = time.monotonic() - request.scope["winnow.received_at"]
     service.metrics.request(outcome, seconds)
     traceparent, status = request.headers.get("traceparent"), response.status_code
-    _log(answered, request_id=request_id, traceparent=traceparent, outcome=outcome, status=status, ms=_ms(seconds))
+    fields: dict[str, Any] = {"request_id": response.headers["x-request-id"], "traceparent": traceparent}
+    fields |= {"outcome": outcome, "status": status, "ms": _ms(seconds)}
+    if answered:
+        query, ranking, reranking = answered.query, answered.ranking, answered.ranking.report(Stage.RERANKING)
+        fields |= {"generation": ranking.generation, "is_known": query.person.is_known}
+        fields |= {"history": len(query.person.history), "k": query.k, "n": len(ranking)}
+        fields |= {"wanted": reranking.wanted, "reranked": reranking.done, "stage_ms": _stage_ms(ranking)}
+        fields["degraded"] = [f"{d.stage.label}: {d.reason}" for d in ranking.degradations]
+    log.info("rank", extra={"fields": fields})
     return response
 
 
@@ -197,24 +204,6 @@ def _ms(seconds: float) -> float:
 
 def _stage_ms(ranking: Ranking) -> dict[str, float]:
     return {r.stage.label: _ms(r.seconds) for r in ranking.reports}
-
-
-def _log(answered: Answered | None, **fields: Any) -> None:
-    """One line a request: these fields, and what there is to say of its ranking."""
-    if answered:
-        ranking, reranking = answered.ranking, answered.ranking.report(Stage.RERANKING)
-        fields |= {
-            "generation": ranking.generation,
-            "is_known": answered.query.person.is_known,
-            "history": len(answered.query.person.history),
-            "k": answered.query.k,
-            "n": len(ranking),
-            "wanted": reranking.wanted,
-            "reranked": reranking.done,
-            "degraded": [f"{d.stage.label}: {d.reason}" for d in ranking.degradations],
-            "stage_ms": _stage_ms(ranking),
-        }
-    log.info("rank", extra={"fields": fields})
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

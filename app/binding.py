@@ -6,15 +6,13 @@ Each refusal is one sentence that names the file (`BundleError`).
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from app.errors import BundleError, require
 from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, item_inputs, request_inputs
-from app.flow import Candidates, Person
+from app.flow import Array, Candidates, Person
 
 
 def check_graph(session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
@@ -49,7 +47,7 @@ def check_names(features: FeatureSchema, tables: Tables) -> None:
             require(is_known, f"pre_ranker.npz: no feature is named {name}")
 
 
-def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, NDArray[Any]]:
+def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, Array]:
     """What the graph gets for no candidates and nobody: arrays of the type and shape that it always gets."""
     rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
     nobody = Person(rows, {i.key: i.filled() for i in inputs if i.field})
@@ -57,7 +55,7 @@ def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[s
     return request_inputs(inputs, tables, nobody) | item_inputs(inputs, Inputs(tables, nobody, nothing, {}))
 
 
-def _check_input(node: ort.NodeArg, array: NDArray[Any], file: str) -> None:
+def _check_input(node: ort.NodeArg, array: Array, file: str) -> None:
     """An input of a graph has the array's type and, after the first axis, its shape; open axes take any size."""
     dtype, shape, axes = array.dtype.name, array.shape[1:], node.shape[1:]
     wanted = {"tensor(float)": "float32", "tensor(int64)": "int64"}.get(node.type)
@@ -67,7 +65,7 @@ def _check_input(node: ort.NodeArg, array: NDArray[Any], file: str) -> None:
     require(is_same, f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {gives}")
 
 
-def _is_readable(kind: str, column: str, table: NDArray[Any]) -> bool:
+def _is_readable(kind: str, column: str, table: Array) -> bool:
     """Whether the feature of this kind can be made from this table; see features.named_features."""
     if table.dtype.kind not in "fiu" or (column and kind != "item"):
         return False

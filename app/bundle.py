@@ -16,18 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import faiss
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from app.binding import check_graph, check_names
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
-from app.flow import Rows, sealed
+from app.flow import F32, Array, Mask, Rows, sealed
 from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, Manifest, opening, read_manifest, reading, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
@@ -41,7 +40,7 @@ faiss.omp_set_num_threads(1)  # one request, one core: parallelism is over reque
 class Ids:
     """External ids by row, and rows by external id (binary search in a stored order)."""
 
-    def __init__(self, ids: NDArray[Any], order: NDArray[Any]) -> None:
+    def __init__(self, ids: Array, order: Array) -> None:
         self.ids, self.order = ids, order
         self.is_text = ids.dtype.kind == "U"
         limits = None if self.is_text else np.iinfo(ids.dtype)
@@ -60,7 +59,7 @@ class Ids:
         rows = np.asarray(self.order[at], np.int64)
         return np.where((self.ids[rows] == keys) & fits, rows, NO_ROW)
 
-    def _fits(self, wanted: Sequence[int | str]) -> NDArray[np.bool_]:
+    def _fits(self, wanted: Sequence[int | str]) -> Mask:
         """bool[n]: ids that the table's type can hold. Ten thousand take a millisecond."""
         if self.is_text:
             width = self.ids.dtype.itemsize // 4
@@ -81,7 +80,7 @@ class Users:
 
     ids: Ids
     tables: Tables
-    history: NDArray[Any] | None
+    history: Array | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class PreRanker:
     """score = logistic(bias + features · weights); f32[F] weights by feature name."""
 
     names: tuple[str, ...]
-    weights: NDArray[np.float32]
+    weights: F32
     bias: np.float32
 
 
@@ -104,7 +103,7 @@ class Generation:
     tables: Tables
     vocab: Mapping[str, Mapping[str, int]]
     users: Users | None
-    popular: NDArray[Any]
+    popular: Array
     index: faiss.Index
     user_tower: ort.InferenceSession
     re_ranker: ort.InferenceSession
@@ -130,8 +129,8 @@ class Generation:
 
 
 def run_model(
-    session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]], options: ort.RunOptions | None = None
-) -> NDArray[Any]:
+    session: ort.InferenceSession, feeds: Mapping[str, Array], options: ort.RunOptions | None = None
+) -> Array:
     """The first output of the graph. Raises StageFailed for whatever the runtime raises."""
     try:
         return session.run(None, dict(feeds), options)[0]  # type: ignore[no-any-return]
@@ -204,13 +203,13 @@ def load_re_ranker(path: Path, digest: str) -> RerankerParts:
     return RerankerParts(digest, manifest.features, _tables(path / ITEMS), _session(path, manifest, "re_ranker.onnx"))
 
 
-def _array(file: Path) -> NDArray[Any]:
+def _array(file: Path) -> Array:
     with opening(file.name, "not an array that numpy opens without pickle"):
         # A plain view of the map: gathering rows through numpy's memmap class takes several times as long.
         return np.asarray(np.lib.format.open_memmap(file, mode="r"))  # np.load would open an archive, too
 
 
-def _tables(folder: Path) -> dict[str, NDArray[Any]]:
+def _tables(folder: Path) -> dict[str, Array]:
     return {f.stem: _array(f) for f in sorted(folder.glob("*.npy")) if f.stem not in ("ids", "id_order")}
 
 
@@ -304,7 +303,7 @@ def _check_tables(folder: str, tables: Tables, n: int, kinds: str) -> None:
         require(fits, f"{folder}/{name}.npy: is {table.dtype} {table.shape}, ids.npy has {n} rows")
 
 
-def _are_rows(rows: NDArray[Any], n: int, lowest: int = 0) -> bool:
+def _are_rows(rows: Array, n: int, lowest: int = 0) -> bool:
     return bool(rows.dtype.kind in "iu" and (not rows.size or (rows.min() >= lowest and rows.max() < n)))
 
 

@@ -17,13 +17,11 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.flow import Candidates, Person, Rows
+from app.flow import F32, Array, Candidates, Person, Rows
 from app.settings import Limits
 
-Array = NDArray[Any]
 Tables = Mapping[str, Array]  # item tables by name, each [N, ...]
 
 HISTORY_FEATURES = ("history_max", "history_mean", "history_last", "history_overlap", "history_gap")  # of a table
@@ -207,7 +205,7 @@ def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]
 # ---------------------------------------------------------------- named features of the linear pre-ranker
 
 
-def named_features(names: Sequence[str], given: Inputs) -> NDArray[np.float32]:
+def named_features(names: Sequence[str], given: Inputs) -> F32:
     """The features of these names for each candidate: f32[n, len(names)].
 
     retrieval_score            user_embedding · item_embedding
@@ -221,13 +219,13 @@ def named_features(names: Sequence[str], given: Inputs) -> NDArray[np.float32]:
     A person without a history has 0 for all of history_*. Raises KeyError for a name or table there isn't.
     """
     matrix = np.empty((len(given.candidates), len(names)), np.float32)
-    similarity: dict[str, NDArray[np.float32]] = {}
+    similarity: dict[str, F32] = {}
     for column, name in enumerate(names):
         matrix[:, column] = _named(name, given, similarity)
     return matrix
 
 
-def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]]) -> Any:
+def _named(name: str, given: Inputs, similarity: dict[str, F32]) -> Any:
     kind, _, argument = name.partition(".")
     if kind == "retrieval_score":
         return given.candidates.retrieval_scores
@@ -247,7 +245,7 @@ def _named(name: str, given: Inputs, similarity: dict[str, NDArray[np.float32]])
     return _of_history(kind, argument, given, similarity) if len(given.person.history) else 0.0
 
 
-def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, NDArray[np.float32]]) -> Any:
+def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, F32]) -> Any:
     """similarity: f32[n, h] by table, inner products with the last items of the history, newest first; kept here."""
     values, rows, newest = given.tables[table], given.candidates.rows, given.person.history[::-1][:HISTORY_READ]
     if kind == "history_overlap":

@@ -17,8 +17,12 @@ from numpy.typing import NDArray
 
 from app.control.deadline import Deadline
 
+Array = NDArray[Any]
 Rows = NDArray[np.int64]
-Scores = NDArray[np.float32]
+Positions = NDArray[np.intp]  # in columns, where rows are numbers in the catalogue
+F32 = NDArray[np.float32]
+Scores = F32  # one a candidate
+Mask = NDArray[np.bool_]
 A = TypeVar("A", bound=np.generic)
 
 
@@ -62,7 +66,7 @@ def sealed(array: NDArray[A]) -> NDArray[A]:
     return array
 
 
-def best_first(scores: Scores, rows: Rows) -> NDArray[np.intp]:
+def best_first(scores: Scores, rows: Rows) -> Positions:
     """Positions in falling order of score; what isn't finite sinks to the end; ties break by row."""
     keys = -scores
     is_finite = np.isfinite(keys)
@@ -87,7 +91,7 @@ class Person:
     """
 
     history: Rows
-    fields: Mapping[str, NDArray[Any]]
+    fields: Mapping[str, Array]
     is_known: bool = False
     is_late: bool = False
 
@@ -100,7 +104,7 @@ class Filter:
     """
 
     table: str
-    values: NDArray[Any] | None = None
+    values: Array | None = None
     low: float | None = None
     high: float | None = None
 
@@ -122,12 +126,12 @@ class Query:
     filters: tuple[Filter, ...] = ()
     exclude: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     candidates: Rows | None = None
-    candidate_fields: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    candidate_fields: Mapping[str, Array] = field(default_factory=dict)
     rerank_count: int | None = None
     is_strict: bool = False
     ignored: Mapping[str, int] = field(default_factory=dict)
 
-    def sent_with(self, rows: Rows) -> dict[str, NDArray[Any]]:
+    def sent_with(self, rows: Rows) -> dict[str, Array]:
         """What the caller sent with these of its candidates, each [len(rows), *shape]."""
         if not self.candidate_fields or self.candidates is None:
             return {}
@@ -147,12 +151,12 @@ class Candidates:
     rows: Rows
     retrieval_scores: Scores
     origins: NDArray[np.uint32]
-    user_embedding: NDArray[np.float32]
+    user_embedding: F32
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, at: NDArray[np.intp]) -> Candidates:
+    def take(self, at: Positions) -> Candidates:
         """The candidates at these positions, in this order."""
         return Candidates(
             sealed(self.rows[at]), sealed(self.retrieval_scores[at]), sealed(self.origins[at]), self.user_embedding
@@ -176,7 +180,7 @@ class Scored:
         return len(self.scores)
 
     @property
-    def is_fresh(self) -> NDArray[np.bool_]:
+    def is_fresh(self) -> Mask:
         """bool[n]: scored by this stage itself, not carried."""
         return np.equal(self.scored_by, self.stage)
 

@@ -17,8 +17,8 @@ from app import errors, wire
 
 log = logging.getLogger("winnow.request")
 
-# error of ranking → status, and the outcome that the metrics count; what isn't in the table is our bug
-OF_RANKING: dict[type[Exception], tuple[HTTPStatus, str]] = {
+# error → status, and the outcome that the metrics count; what isn't in the table is our bug
+STATUSES: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.MalformedBody: (HTTPStatus.BAD_REQUEST, "client_error"),
     errors.NotAuthenticated: (HTTPStatus.UNAUTHORIZED, "client_error"),
     errors.NotAllowed: (HTTPStatus.FORBIDDEN, "client_error"),
@@ -28,12 +28,11 @@ OF_RANKING: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.ContractError: (HTTPStatus.INTERNAL_SERVER_ERROR, "error"),
     errors.CapacityError: (HTTPStatus.SERVICE_UNAVAILABLE, "refused"),
     errors.DeadlineMissed: (HTTPStatus.GATEWAY_TIMEOUT, "deadline"),
-}
-WHY_NOT = {status.value: error.__doc__ for error, (status, _) in OF_RANKING.items()}
-STATUSES = OF_RANKING | {
     errors.NotThere: (HTTPStatus.NOT_FOUND, "client_error"),
     errors.Conflict: (HTTPStatus.CONFLICT, "client_error"),
 }
+OF_SWITCH = (errors.NotThere, errors.Conflict)  # the others are what ranking may raise
+WHY_NOT = {status.value: error.__doc__ for error, (status, _) in STATUSES.items() if error not in OF_SWITCH}
 RETRY_AFTER_S = (1, 3)  # drawn anew for each refusal, so that the refused don't come back together
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 PROBLEM = "application/problem+json"

@@ -42,7 +42,6 @@ class Serving:
     pool: WorkerPool
     loaded_at: float
     inflight: int = 0
-    is_leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +131,19 @@ class Service:
             self._hold("candidate", await self._open(generation))
             self.loading["state"] = "ready"
             if activate:
-                self.activate()
+                self.switch_to("candidate")
         except Exception as e:  # whatever it was, the old generation serves on
             is_fault = isinstance(e, ServerError)
             log.error("offered bundle refused: %s", e, exc_info=None if is_fault else e)
             self.loading |= {"state": "failed", "error": str(e) if is_fault else f"a defect of the service: {e!r}"}
 
-    def activate(self) -> None:
-        """Let the candidate serve: one reference is switched. Raises Conflict if there is none."""
-        self._switch_to("candidate", "no candidate is loaded")
+    def switch_to(self, role: str) -> None:
+        """Let the candidate, or the previous generation again, serve: one reference is switched.
 
-    def roll_back(self) -> None:
-        """Let the previous generation serve again. Raises Conflict if there is none."""
-        self._switch_to("previous", "no previous generation is held")
-
-    def _switch_to(self, role: str, otherwise: str) -> None:
-        """Let the generation of this role serve; who served is the previous one from now on."""
+        Who served is the previous one from now on. Raises Conflict if there is none of this role.
+        """
         if role not in self.held:
-            raise Conflict(otherwise)
+            raise Conflict(f"no {role} generation is held")
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
         log.info("serving %s", self.held["serving"].generation.name)
@@ -158,12 +152,11 @@ class Service:
         """Give a role to a generation; who had it leaves."""
         left, self.held[role] = self.held.get(role), what
         if left:
-            left.is_leaving = True
             self._close_if_left(left)
 
-    def _close_if_left(self, held: Serving) -> None:
-        if held.is_leaving and not held.inflight:
-            self._keep(asyncio.create_task(held.pool.close(), name="close"))
+    def _close_if_left(self, one: Serving) -> None:
+        if not one.inflight and one not in self.held.values():
+            self._keep(asyncio.create_task(one.pool.close(), name="close"))
 
     def _keep(self, task: "asyncio.Task[None]") -> None:
         self.tasks.add(task)

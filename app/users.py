@@ -5,77 +5,59 @@ and has the time that retrieval and pre-ranking have (funnel.py); when it is lat
 and the answer says so. A person nothing is known of is no error: an empty history and defaults.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from app.bundle import NO_ROW, Generation, Users
+from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, shown
 from app.features import FieldSpec
-from app.flow import Person, sealed
-
-# The part of a request that fields are sent in, by the prefix of their key.
-SENT_IN = {"user": "user.features", "context": "context", "query": "query"}
+from app.flow import Array, Person, sealed
 
 
-class Found(NamedTuple):
-    """The outcome of a look-up: a row of the user table, -1 for nobody's; is_late: there was no time for one."""
-
-    row: int = NO_ROW
-    is_late: bool = False
-
-
-def resolve(user_id: int | str | None, generation: Generation, *, is_late: bool = False) -> Found:
-    """Where the user table has this person; is_late: it can't be waited for any more."""
-    if generation.users is None or user_id is None:
-        return Found()
-    return Found(is_late=True) if is_late else Found(look_up(user_id, generation.users))
-
-
-def look_up(user_id: int | str, users: Users) -> int:
-    """The person's row, or NO_ROW."""
-    return int(users.ids.rows([user_id])[0])
-
-
-def person(
-    sent: list[int | str] | None, features: Mapping[str, Any], generation: Generation, found: Found
+def resolve(
+    user_id: int | str | None,
+    sent: list[int | str] | None,
+    features: Mapping[str, Any],
+    generation: Generation,
+    *,
+    is_late: bool = False,
 ) -> tuple[Person, int]:
     """With the history and the features (by schema key) that were sent; how many of its items the catalogue lacks.
 
+    is_late: the user table can't be waited for any more.
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
     """
-    rows, table = np.empty(0, np.int64), generation.users
-    is_known = found.row != NO_ROW
+    users = generation.users
+    is_in_question = users is not None and user_id is not None
+    rows, row = np.empty(0, np.int64), NO_ROW
+    if users and user_id is not None and not is_late:
+        row = int(users.ids.rows([user_id])[0])
     if sent is not None:
         rows = generation.ids.rows(sent)
-    elif table and is_known and table.history is not None:
-        rows = np.asarray(table.history[found.row], np.int64)
-    history, fields = rows[rows != NO_ROW], _fields(features, generation, found.row)
+    elif users and row != NO_ROW and users.history is not None:
+        rows = np.asarray(users.history[row], np.int64)
+    history, fields = rows[rows != NO_ROW], _fields(features, generation, row)
     n_ignored = 0 if sent is None else len(rows) - len(history)
-    return Person(sealed(history), fields, is_known, found.is_late), n_ignored
+    return Person(sealed(history), fields, row != NO_ROW, is_late and is_in_question), n_ignored
 
 
-def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, NDArray[Any]]:
+def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, Array]:
     """What was sent, else what the user table has in this row, else the defaults."""
-    specs = {key: s for key, s in generation.manifest.features.fields.items() if key.partition(".")[0] in SENT_IN}
-    tables = generation.users.tables if generation.users and row != NO_ROW else {}
-    stored = {
-        f"user.{name}": np.asarray(table[row], spec.dtype).reshape(1, *spec.shape)
-        for name, table in tables.items()
-        if (spec := specs.get(f"user.{name}"))
-    }
-    sent = {key: field_value(_where(key), key, value, generation) for key, value in features.items()}
-    return {key: spec.filled() for key, spec in specs.items()} | stored | sent
+    specs = {key: s for key, s in generation.manifest.features.fields.items() if not key.startswith("candidate.")}
+    fields = {key: spec.filled() for key, spec in specs.items()}
+    for name, table in generation.users.tables.items() if generation.users and row != NO_ROW else ():
+        if spec := specs.get(f"user.{name}"):
+            fields[f"user.{name}"] = np.asarray(table[row], spec.dtype).reshape(1, *spec.shape)
+    for key, value in features.items():
+        where = re.sub(r"^user\.", "user.features.", key)
+        fields[key] = field_value(where, key, value, generation)
+    return fields
 
 
-def _where(key: str) -> str:
-    part, _, name = key.partition(".")
-    return f"{SENT_IN[part]}.{name}"
-
-
-def field_value(where: str, key: str, value: Any, generation: Generation) -> NDArray[Any]:
+def field_value(where: str, key: str, value: Any, generation: Generation) -> Array:
     """A value as sent for a schema key → [1, *shape] of its type; an unknown category is the default.
 
     Raises: InvalidRequest that names the field (`where`) and what is allowed.
@@ -86,7 +68,7 @@ def field_value(where: str, key: str, value: Any, generation: Generation) -> NDA
         raise InvalidRequest(FieldError(where, shown(value), str(e))) from e
 
 
-def field_values(key: str, values: Sequence[Any], generation: Generation) -> NDArray[Any]:
+def field_values(key: str, values: Sequence[Any], generation: Generation) -> Array:
     """The same for many candidates, in one conversion: [n, *shape].
 
     A number and a list of it are the same. Raises: ValueError that says what is allowed, if a value isn't.

@@ -33,7 +33,7 @@ YIELDED = 3.0  # times what a measurement took, to others
 
 def offline_query(request: dict[str, Any], generation: Generation) -> Query:
     """A request in wire form, resolved as online. Raises ClientError."""
-    parsed = wire.parse(orjson.dumps(request))
+    parsed = wire.parse(orjson.dumps(request), wire.RankRequest)
     return wire.to_query(parsed, parsed.request_id or "offline", generation)
 
 

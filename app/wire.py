@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from app import users
 from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
-from app.flow import Filter, Query, Ranking, Rows, Stage, sealed
+from app.flow import LABELS, Array, Filter, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
 
 SHOWN_ERRORS = 20
@@ -45,9 +44,7 @@ class UserPart(Wire):
 
     id: Id | None = Field(None, description="External id, as in the bundle's user table.")
     features: Features = Field(default_factory=dict, description="By name, as in the bundle's schema.")
-    history: list[Id] | None = Field(
-        None, max_length=Limits.HISTORY, fail_fast=True, description="Item ids, oldest first, the most recent last."
-    )
+    history: list[Id] | None = Field(None, max_length=Limits.HISTORY, fail_fast=True, description="Ids, oldest first.")
 
 
 class FilterPart(Wire):
@@ -95,9 +92,7 @@ class RankRequest(Wire):
         None, max_length=Limits.CANDIDATES, fail_fast=True, description="Rank these instead of retrieving."
     )
     strict: bool = Field(False, description="504 rather than a degraded answer.")
-    priority: Literal["low", "normal", "high"] = Field(
-        "normal", description="Under pressure low is refused first, high last."
-    )
+    priority: Literal["low", "normal", "high"] = Field("normal", description="Low is refused first, high last.")
 
 
 class OfferRequest(Wire):
@@ -147,21 +142,18 @@ class RankResponse(Wire):
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
         description="Ids sent that the catalogue doesn't have, or that were sent twice."
     )
-    took_ms: dict[str, float] = Field(
-        description="Milliseconds by stage and in total; `users` with the wait for a thread."
-    )
+    took_ms: dict[str, float] = Field(description="By stage and in total; `users` with the wait for a thread.")
 
 
 def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:
     """The body of a 200, in the form of RankResponse."""
     fine, lost = ranking.report(Stage.RERANKING), ranking.degradations
     scores = [s if math.isfinite(s) else None for s in ranking.scores.tolist()]
-    labels = [stage.label for stage in Stage]  # once: it is a millisecond for a thousand items
     columns = zip(ids, scores, ranking.stages.tolist(), ranking.propensities.tolist(), strict=True)
     return {
         "request_id": query.request_id,
         "generation": ranking.generation,
-        "items": [{"id": i, "score": score, "stage": labels[stage], "propensity": p} for i, score, stage, p in columns],
+        "items": [{"id": i, "score": score, "stage": LABELS[stage], "propensity": p} for i, score, stage, p in columns],
         "empty_reason": ranking.empty_reason,
         "coverage": {"wanted": fine.wanted, "reranked": fine.done, "shards_ok": fine.shards_ok, "shards": fine.shards},
         "degraded": [{"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in lost],
@@ -174,13 +166,8 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
 # ------------------------------------------------------------------------------------ wire → Query
 
 
-def parse(body: bytes) -> RankRequest:
-    """A ranking request; raises as `read` does."""
-    return read(body, RankRequest)
-
-
-def read(body: bytes, schema: type[Asks]) -> Asks:
-    """Raises MalformedBody if it isn't JSON, InvalidRequest if it isn't the schema."""
+def parse(body: bytes, schema: type[Asks]) -> Asks:
+    """A request of this schema. Raises MalformedBody if it isn't JSON, InvalidRequest if it isn't the schema."""
     try:
         return schema.model_validate_json(body)
     except ValidationError as e:
@@ -201,15 +188,10 @@ def _field_errors(errors: Sequence[Any], sent: Any) -> list[FieldError]:
     for error in errors:
         by_path.setdefault(_path(error, sent), []).append(error)
     outer = {path[:n] for path in by_path for n in range(len(path))}
-    return [
-        FieldError(
-            ".".join(map(str, path)) or "body",
-            shown(found[0]["input"]),
-            ", or ".join(dict.fromkeys(e["msg"] for e in found)),
-        )
-        for path, found in by_path.items()
-        if path not in outer
-    ]
+    told = {path: found for path, found in by_path.items() if path not in outer}
+    allowed = {path: ", or ".join(dict.fromkeys(e["msg"] for e in found)) for path, found in told.items()}
+    names = {path: ".".join(map(str, path)) or "body" for path in told}
+    return [FieldError(names[path], shown(found[0]["input"]), allowed[path]) for path, found in told.items()]
 
 
 def _path(error: Any, value: Any) -> tuple[int | str, ...]:
@@ -236,8 +218,8 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     Microseconds for a small body, up to 10 ms for the largest.
     Raises: InvalidRequest, for filters and features that this bundle doesn't have.
     """
-    found = users.resolve(request.user.id, generation, is_late=is_late)
-    person, n_ignored = users.person(request.user.history, asked(request), generation, found)
+    user = request.user
+    person, n_ignored = users.resolve(user.id, user.history, asked(request), generation, is_late=is_late)
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
     return Query(
@@ -256,7 +238,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
 
 def _candidates(
     sent: Sequence[int | str | CandidatePart] | None, generation: Generation
-) -> tuple[Rows | None, dict[str, NDArray[Any]], int]:
+) -> tuple[Rows | None, dict[str, Array], int]:
     """Rows, each once, in the order sent; their features by schema key; how many were left out."""
     if sent is None:
         return None, {}, 0
@@ -268,7 +250,7 @@ def _candidates(
     return sealed(found[kept]), {key: sealed(c[kept]) for key, c in columns.items()}, len(sent) - len(kept)
 
 
-def _columns(features: Mapping[int, Mapping[str, Any]], generation: Generation, n: int) -> dict[str, NDArray[Any]]:
+def _columns(features: Mapping[int, Mapping[str, Any]], generation: Generation, n: int) -> dict[str, Array]:
     """Features by position in the request → [n, *shape] by schema key, a conversion a key.
 
     Raises: InvalidRequest that names the first position whose feature is wrong or not in the bundle.

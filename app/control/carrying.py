@@ -5,16 +5,15 @@ Where some rows of a request were scored, they say how; the fewer, the more the 
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from app.flow import Scores
+from app.flow import Mask, Scores
 
 PRIOR_ROWS = 2  # that the calibration counts for; 1 to 4 lose the same of NDCG on the example's bundle
 LEAST_SLOPE = 0.05  # of the line: keeps the order among the carried
 TINY = 1e-30  # no division by zero where all carried are equal
 
 
-def to_request_scale(carried: Scores, fresh: Scores, is_fresh: NDArray[np.bool_]) -> Scores:
+def to_request_scale(carried: Scores, fresh: Scores, is_fresh: Mask) -> Scores:
     """carried + shift + slope · (carried - its mean over the fresh), f32[..., n]; `carried` if nothing is fresh.
 
     Least squares of fresh - carried, shrunk to 0 as if the calibration had been right on PRIOR_ROWS more rows.

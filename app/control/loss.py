@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.control.degradation import USER_LATE
-from app.flow import Outcome, RequestScope, Scored, Stage, StageReport
+from app.flow import Mask, Outcome, RequestScope, Scored, Stage, StageReport
 from app.manifest import LossCurves, LossTable
 
 
@@ -58,7 +58,7 @@ def at_share(family: LossCurves, share: float, missing: Sequence[float]) -> floa
     return float(np.interp(share, family.shares, losses))
 
 
-def missing_shares(edges: tuple[int, ...], is_missing: NDArray[np.bool_]) -> NDArray[np.float64]:
+def missing_shares(edges: tuple[int, ...], is_missing: Mask) -> NDArray[np.float64]:
     """Of each band's positions, the share that was wanted and not re-ranked: f64[..., bands].
 
     is_missing: bool[..., wanted], position by position; positions that were never wanted don't count.

@@ -11,12 +11,11 @@ import asyncio
 import time
 
 import numpy as np
-from numpy.typing import NDArray
 
 from app.bundle import Generation
 from app.control.carrying import to_request_scale
 from app.errors import StageFailed
-from app.flow import Query, RequestScope, Scored, Scores, Stage, sealed
+from app.flow import Positions, Query, RequestScope, Scored, Scores, Stage, sealed
 from app.workers.scoring import Shard, ShardScorer
 
 MIN_SHARD = 16  # rows: below this the round trip costs more than the rows
@@ -44,7 +43,7 @@ class Reranking:
         scores, scored_by = np.zeros_like(given.scores), given.scored_by.copy()
         scope.shards = max(1, min(n_workers, n // MIN_SHARD))
 
-        def submit(at: NDArray[np.intp]) -> "asyncio.Future[None]":
+        def submit(at: Positions) -> "asyncio.Future[None]":
             def deliver(start: int, sliced: Scores) -> None:
                 rows = at[start : start + len(sliced)]
                 scores[rows], scored_by[rows] = sliced, self.stage

@@ -18,7 +18,7 @@ from app.bundle import NO_ROW, Generation, run_model
 from app.control.costs import Cost
 from app.errors import StageFailed
 from app.features import request_inputs
-from app.flow import Candidates, Filter, Origin, Query, RequestScope, Rows, Scores, Stage, best_first, sealed
+from app.flow import F32, Candidates, Filter, Mask, Origin, Query, RequestScope, Rows, Scores, Stage, best_first, sealed
 
 # Up to so many matching rows are searched exactly: 20,000 × 64 take about 5 ms, and a selective search in
 # a graph or an inverted file finds too few of them.
@@ -71,7 +71,7 @@ class Retrieval:
         scores = np.float32(typical) - np.arange(len(rows), dtype=np.float32) * step
         return self._candidates(rows, scores, origin, np.zeros(self.generation.d, np.float32))
 
-    def embed(self, query: Query) -> NDArray[np.float32]:
+    def embed(self, query: Query) -> F32:
         """The user tower's output, f32[d]."""
         inputs = self.generation.manifest.features.user_tower
         feeds = request_inputs(inputs, self.generation.tables, query.person)
@@ -80,14 +80,14 @@ class Retrieval:
             raise StageFailed("the user tower's output is not a finite embedding")
         return user
 
-    def _candidates(self, rows: Rows, scores: Scores, origin: Origin, user: NDArray[np.float32]) -> Candidates:
+    def _candidates(self, rows: Rows, scores: Scores, origin: Origin, user: F32) -> Candidates:
         origins = np.full(len(rows), origin, np.uint32)
         rows = np.array(rows, np.int64)
         return Candidates(sealed(rows), sealed(scores), sealed(origins), sealed(user))
 
     # ------------------------------------------------------------------------------------- search
 
-    def _search(self, query: Query, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
+    def _search(self, query: Query, user: F32, width: int) -> tuple[Rows, Scores]:
         excluded = self._excluded(query)
         if query.filters:
             eligible = self._matching(query.filters, slice(None))
@@ -102,9 +102,7 @@ class Retrieval:
         is_allowed = is_other(rows, excluded)
         return rows[is_allowed][:width], scores[is_allowed][:width]
 
-    def _search_index(
-        self, user: NDArray[np.float32], width: int, eligible: NDArray[np.bool_] | None
-    ) -> tuple[Rows, Scores]:
+    def _search_index(self, user: F32, width: int, eligible: Mask | None) -> tuple[Rows, Scores]:
         n_fetched = min(self.generation.n_items, int(width * self.retriever.overfetch))
         selector = None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
         try:
@@ -129,7 +127,7 @@ class Retrieval:
             return self.plain_ivf
         return faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
 
-    def _search_exactly(self, rows: Rows, user: NDArray[np.float32], width: int) -> tuple[Rows, Scores]:
+    def _search_exactly(self, rows: Rows, user: F32, width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)
         if len(rows) > 2 * width:  # else to sort all is faster
             at = np.argpartition(-scores, width - 1)[:width]
@@ -137,7 +135,7 @@ class Retrieval:
         order = best_first(scores, rows)[:width]
         return rows[order], scores[order]
 
-    def _inner_products(self, rows: Rows, user: NDArray[np.float32]) -> Scores:
+    def _inner_products(self, rows: Rows, user: F32) -> Scores:
         scores = np.empty(len(rows), np.float32)
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]
@@ -151,32 +149,32 @@ class Retrieval:
             return query.exclude
         return np.sort(np.concatenate([query.exclude, query.person.history]))
 
-    def _is_allowed(self, query: Query, rows: Rows) -> NDArray[np.bool_]:
+    def _is_allowed(self, query: Query, rows: Rows) -> Mask:
         """bool[len(rows)]: what filters and exclusions leave. A caller's candidate may be in the history."""
         excluded = query.exclude if query.candidates is not None else self._excluded(query)
         return is_other(rows, excluded) & self._matching(query.filters, rows)
 
-    def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> NDArray[np.bool_]:
+    def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> Mask:
         """Whether each of these rows satisfies every filter, of which there may be none."""
         tables = self.generation.tables
         held = (matches(condition, tables[condition.table][rows]) for condition in filters)  # one mask at a time
         return np.asarray(reduce(and_, held, np.True_))
 
 
-def is_other(rows: Rows, excluded: Rows) -> NDArray[np.bool_]:
+def is_other(rows: Rows, excluded: Rows) -> Mask:
     """bool[len(rows)]: rows that are not among these, which are sorted. For fifty, half of np.isin's time."""
     if not len(excluded):
         return np.ones(len(rows), np.bool_)
     return np.asarray(excluded[np.searchsorted(excluded, rows) % len(excluded)] != rows)
 
 
-def matches(condition: Filter, values: NDArray[Any]) -> NDArray[np.bool_]:
+def matches(condition: Filter, values: NDArray[Any]) -> Mask:
     """bool[n]: whether any of a row's values satisfies the condition; the -1 that pads a row is no value.
 
     Numbers are compared in the table's own type: 0.1 is what a float32 table holds where 0.1 was stored.
     values: [n] or [n, m].
     """
-    held: NDArray[np.bool_] = np.ones(values.shape, np.bool_)
+    held: Mask = np.ones(values.shape, np.bool_)
     with np.errstate(over="ignore"):  # beyond the table's type is infinite in it
         if condition.values is not None:
             wanted = condition.values

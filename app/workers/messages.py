@@ -13,14 +13,13 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from app.features import FeatureSchema
-from app.flow import Candidates, Person, Scores
+from app.flow import Array, Candidates, Person, Scores
 from app.workers.scoring import Shard
 
 FORMAT = 3
@@ -109,7 +108,7 @@ class ShardRecord:
     def write(self, shard: Shard, remaining_s: float) -> bytes:
         """Only as much of the history goes along as the re-ranker reads."""
         candidates, history = shard.candidates, shard.person.history
-        arrays: dict[str, NDArray[Any]] = {
+        arrays: dict[str, Array] = {
             "rows": candidates.rows,
             "scores": candidates.retrieval_scores,
             "user": candidates.user_embedding,
@@ -130,18 +129,18 @@ class ShardRecord:
         return Shard(Person(history, arrays), candidates, sent, now + remaining_us / 1e6)
 
 
-def write_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def write_arrays(arrays: Mapping[str, Array]) -> bytes:
     """Named arrays: the length of the JSON that describes them, the JSON, then their little-endian bytes in turn."""
     wire = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in arrays.items()}
     described = orjson.dumps([(name, array.dtype.str, array.shape) for name, array in wire.items()])
     return b"".join([ARRAYS_HEADER.pack(len(described)), described, *(array.tobytes() for array in wire.values())])
 
 
-def read_arrays(payload: bytes, offset: int = 0) -> dict[str, NDArray[Any]]:
+def read_arrays(payload: bytes, offset: int = 0) -> dict[str, Array]:
     """The arrays that were written, read-only, in the place where they lie in the payload."""
     start = offset + ARRAYS_HEADER.size
     at = start + ARRAYS_HEADER.unpack_from(payload, offset)[0]
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, Array] = {}
     for name, dtype, shape in orjson.loads(payload[start:at]):
         arrays[name] = np.frombuffer(payload, dtype, math.prod(shape), at).reshape(shape)
         at += arrays[name].nbytes

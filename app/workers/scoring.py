@@ -8,17 +8,16 @@ could take their place.
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from app.bundle import run_model
 from app.control.costs import Estimate
 from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
-from app.flow import Candidates, Person, Scores
+from app.flow import Array, Candidates, Person, Scores
 
 Deliver = Callable[[int, Scores], None]  # the first row of a slice in its shard, and the slice's scores
 
@@ -29,7 +28,7 @@ class Shard:
 
     person: Person
     candidates: Candidates
-    candidate_fields: Mapping[str, NDArray[Any]]
+    candidate_fields: Mapping[str, Array]
     until: float
 
     def part(self, start: int, stop: int | None = None) -> "Shard":
@@ -59,12 +58,12 @@ class ShardModel:
     def __init__(self, session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
         self.session, self.inputs, self.tables = session, inputs, tables
 
-    def request_inputs(self, person: Person) -> dict[str, NDArray[Any]]:
+    def request_inputs(self, person: Person) -> dict[str, Array]:
         """What the model gets once a request, to be handed to `score` with each of its slices."""
         return request_inputs(self.inputs, self.tables, person)
 
     def score(
-        self, shard: Shard, request: Mapping[str, NDArray[Any]] | None = None, options: ort.RunOptions | None = None
+        self, shard: Shard, request: Mapping[str, Array] | None = None, options: ort.RunOptions | None = None
     ) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
         given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)

@@ -14,6 +14,7 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import api, metrics, wire
+from app.bundle import Ids
 from app.control.admission import PRIORITY_SHARE
 from app.control.quality import Quality
 from app.errors import ContractError, InvalidRequest, StageFailed
@@ -204,9 +205,9 @@ async def test_a_large_body_is_read_as_a_small_one_is(spoil):
         expected = wire.RankRequest.model_validate_json(body)
     except ValueError:
         with pytest.raises(InvalidRequest):
-            wire.parse(body)
+            wire.parse(body, wire.RankRequest)
     else:
-        assert wire.parse(body) == expected
+        assert wire.parse(body, wire.RankRequest) == expected
 
 
 @pytest.mark.parametrize(
@@ -231,11 +232,23 @@ async def test_only_a_large_request_is_parsed_off_the_event_loop_but_all_are_res
     assert seen == [is_aside, True]
 
 
+def looks_up_slowly(patch) -> threading.Event:
+    """Let nobody be found in the user table before the event is set."""
+    released, rows = threading.Event(), Ids.rows
+
+    def slow(ids, wanted):
+        if wanted in (["ann"], ["cho"]):
+            released.wait(60)
+        return rows(ids, wanted)
+
+    patch.setattr(Ids, "rows", slow)
+    return released
+
+
 async def test_the_ids_of_a_large_request_hold_though_the_person_is_found_too_late(app, service, monkeypatch):
-    released = threading.Event()
     exclude = [*UNKNOWN, world.item_id(21)]
     with monkeypatch.context() as patch:
-        patch.setattr("app.users.look_up", lambda *_: released.wait(60))
+        released = looks_up_slowly(patch)
         request = {"user": {"id": "ann", "history": [world.item_id(20)]}, "exclude": exclude}
         answer = (await rank(app, request | HURRIED)).json()
         released.set()
@@ -634,9 +647,8 @@ async def test_a_defect_is_500_with_a_request_id_and_without_a_trace(app, servic
 
 
 async def test_a_person_who_is_found_too_late_is_said(app, service, monkeypatch):
-    released = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr("app.users.look_up", lambda *_: released.wait(60))
+        released = looks_up_slowly(patch)
         answer = (await rank(app, {"user": {"id": "cho"}} | HURRIED)).json()
         released.set()
     assert answer["degraded"][0] == {
@@ -873,14 +885,14 @@ async def test_a_line_with_a_trace_or_a_strange_field_is_still_one_line():
 
 
 async def test_asked_keeps_what_was_sent_by_schema_key():
-    request = wire.parse(b'{"user": {"id": 7, "features": {"age": 1}}, "query": {"freshness": 2}}')
+    request = wire.parse(b'{"user": {"id": 7, "features": {"age": 1}}, "query": {"freshness": 2}}', wire.RankRequest)
     assert wire.asked(request) == {"user.age": 1, "query.freshness": 2}
 
 
 async def test_a_body_with_a_hundred_thousand_errors_is_refused_without_naming_them_all():
     body = json.dumps({"context": {f"n{i}": None for i in range(30_000)}}).encode()
     with pytest.raises(InvalidRequest, match="body: what the schema allows"):
-        wire.parse(body)
+        wire.parse(body, wire.RankRequest)
 
 
 async def test_a_log_line_names_a_file_whose_name_is_no_text():

@@ -75,10 +75,10 @@ async def test_a_candidate_waits_until_it_is_activated(service, admin, other):
     await offer(admin, other, activate="false")
     await loaded(service)
     assert versions(service) == {"serving": "1", "candidate": "2"}
-    service.activate()
+    service.switch_to("candidate")
     assert versions(service) == {"serving": "2", "previous": "1"}
     with pytest.raises(Conflict, match="no candidate"):
-        service.activate()
+        service.switch_to("candidate")
 
 
 async def test_rolling_back_lets_the_previous_one_serve_at_once(service, admin, other):
@@ -150,7 +150,7 @@ async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(
         for path in (other, bundle):  # the first one leaves when the third comes
             await offer(admin, path)
             await loaded(service)
-        assert first.is_leaving
+        assert first not in service.held.values()
         assert first.pool.n_workers == 1
     await asyncio.gather(*(t for t in service.tasks if t.get_name() == "close"))
     with pytest.raises(ProcessLookupError):
