@@ -27,7 +27,7 @@ from app.binding import check_graph, check_names
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
 from app.flow import F32, Array, Mask, Rows, sealed
-from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, Manifest, opening, read_manifest, reading, verify_files
+from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
 NO_ROW = -1  # pads lists of rows
@@ -187,20 +187,13 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
     return generation
 
 
-@dataclass(frozen=True, slots=True)
-class RerankerParts:
-    """What a worker needs of a bundle that its parent has verified whole."""
+def load_re_ranker(path: Path, digest: str) -> tuple[ort.InferenceSession, FeatureSchema, Tables]:
+    """What a worker needs of a bundle that its parent has verified whole.
 
-    digest: str
-    features: FeatureSchema
-    tables: Tables
-    session: ort.InferenceSession
-
-
-def load_re_ranker(path: Path, digest: str) -> RerankerParts:
-    """The re-ranker and the item tables; the manifest and the model are checked again, tables only mapped."""
+    The manifest and the model are checked again, tables only mapped.
+    """
     manifest, _ = read_manifest(path, digest)
-    return RerankerParts(digest, manifest.features, _tables(path / ITEMS), _session(path, manifest, "re_ranker.onnx"))
+    return _session(path, manifest, "re_ranker.onnx"), manifest.features, _tables(path / ITEMS)
 
 
 def _array(file: Path) -> Array:
@@ -257,7 +250,7 @@ def _index(path: Path, manifest: Manifest) -> faiss.Index:
 
 
 def _session(path: Path, manifest: Manifest, name: str) -> ort.InferenceSession:
-    with reading(name):
+    with opening(name, *UNREADABLE):
         model = _listed(path, manifest, name).read_bytes()
     is_whole = hashlib.sha256(model).hexdigest() == manifest.files[name].sha256
     require(is_whole, f"{name}: its SHA-256 is not the manifest's; it was changed")

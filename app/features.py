@@ -44,12 +44,7 @@ class Source(StrEnum):
 
 
 # Which part of a request a field is sent in, and so the prefix of its schema key.
-FIELD_PREFIX = {
-    Source.REQUEST: "query",
-    Source.CONTEXT: "context",
-    Source.USER_TABLE: "user",
-    Source.CANDIDATE: "candidate",
-}
+FIELD_PREFIX = {"request": "query", "context": "context", "user_table": "user", "candidate": "candidate"}
 # Which part of a binding goes with which sources, and with no others.
 GOES_WITH = {"table": (Source.HISTORY, Source.ITEM_TABLE), "field": tuple(FIELD_PREFIX), "length": (Source.HISTORY,)}
 PER_ITEM = (Source.ITEM_TABLE, Source.CANDIDATE, Source.ITEM_EMBEDDING, Source.RETRIEVAL_SCORE)
@@ -218,8 +213,7 @@ def named_features(names: Sequence[str], given: Inputs) -> F32:
     history_gap.<table>        |value − mean over the history|
     A person without a history has 0 for all of history_*. Raises KeyError for a name or table there isn't.
     """
-    matrix = np.empty((len(given.candidates), len(names)), np.float32)
-    similarity: dict[str, F32] = {}
+    matrix, similarity = np.empty((len(given.candidates), len(names)), np.float32), dict[str, F32]()
     for column, name in enumerate(names):
         matrix[:, column] = _named(name, given, similarity)
     return matrix

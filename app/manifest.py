@@ -23,6 +23,7 @@ from app.flow import Scores
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 64 * 2**20  # at most: room for 400,000 files at ~160 bytes an entry
+UNREADABLE = ("can't be read", (OSError,))  # why, and the faults: a file that the system keeps from us
 # What content that no check foresaw makes numpy and Python raise.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
@@ -212,9 +213,9 @@ class Manifest(Strict):
 
 def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]:
     """The manifest and its SHA-256. Raises BundleError."""
-    file = path / MANIFEST
-    with reading(MANIFEST):
+    with opening(MANIFEST, *UNREADABLE):
         require(path.is_dir(), f"{path}: no such directory")
+        file = path / MANIFEST
         is_plain = file.is_file() and not file.is_symlink()
         require(is_plain, f"{MANIFEST}: missing in {path}, or not a plain file")
         size = file.stat().st_size
@@ -226,7 +227,7 @@ def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]
         return Manifest.model_validate_json(raw), found
     except ValidationError as e:
         first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"]) or "the document"
+        where = ".".join(map(str, first["loc"])) or "the document"
         raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from e
 
 
@@ -240,7 +241,7 @@ def verify_files(path: Path, manifest: Manifest) -> None:
         require(name in present, f"{name}: listed in the manifest but missing")
         require(name in manifest.files, f"{name}: not listed in the manifest")
     for name, entry in sorted(manifest.files.items()):
-        with reading(name):
+        with opening(name, *UNREADABLE):
             size = (path / name).stat().st_size
             require(size == entry.size, f"{name}: has {size} bytes, the manifest says {entry.size}")
             require(sha256(path / name) == entry.sha256, f"{name}: its SHA-256 is not the manifest's; it was changed")
@@ -250,7 +251,7 @@ def _walk(path: Path) -> Iterator[str]:
     """The names of all files, none of them opened: to open a FIFO could take for ever."""
     folders = [path]
     for folder in folders:  # grows
-        with reading(folder.relative_to(path).as_posix()):
+        with opening(folder.relative_to(path).as_posix(), *UNREADABLE):
             for file in folder.iterdir():
                 name = file.relative_to(path).as_posix()
                 require(not file.is_symlink(), f"{name}: is a link; a bundle has none")
@@ -268,17 +269,8 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """A file that the system can't read is a refused bundle. Raises BundleError that names it."""
-    try:
-        yield
-    except OSError as e:
-        raise BundleError(f"{name}: can't be read ({e.strerror or e})") from e
-
-
-@contextmanager
 def opening(name: str, why: str, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """A file that a library can't open is a refused bundle. Raises BundleError that names it and says why.
+    """A file that the system or a library can't open is a refused bundle. Raises BundleError that names it.
 
     Args:
         faults: what counts as that; by default all, since neither numpy's nor onnxruntime's exceptions have a root.
@@ -286,5 +278,5 @@ def opening(name: str, why: str, faults: tuple[type[Exception], ...] = (Exceptio
     try:
         yield
     except faults as e:
-        first_line, _, _ = str(e).partition("\n")
+        first_line, _, _ = (getattr(e, "strerror", None) or str(e)).partition("\n")
         raise BundleError(f"{name}: {why} ({first_line or type(e).__name__})") from e

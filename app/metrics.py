@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from app.control.degradation import ALL_REASONS, USER_LATE
-from app.flow import Outcome, Ranking, Stage
+from app.flow import LABELS, Outcome, Ranking, Stage
 
 if TYPE_CHECKING:
     from app.service import Serving
@@ -26,8 +26,7 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # 
 
 OUTCOMES = ("ok", "degraded", "empty", "client_error", "refused", "deadline", "error")
 SHARD_OUTCOMES = ("ok", "late", "failed", "lost", "expired")
-STAGES = tuple(s.label for s in Stage)
-RANKED = STAGES[:3]  # those that score candidates
+RANKED = LABELS[:3]  # those that score candidates
 EDGES = ("wanted", "done", "out")  # of a stage: candidates wanted, scored and passed on
 WORKER_STATES = ("alive", "starting", "backing_off")
 WORK = ("first", "hedge", "resend")
@@ -54,28 +53,24 @@ class Metrics:
         add, sla, arms = self._add, tuple(sla_s * share for share in SLA_SHARES), (NO_ARM,)
         self.requests = add(Counter, "requests", "Ranking requests by outcome.", outcome=OUTCOMES)
         self.seconds = add(Histogram, "request_seconds", "From the first header byte to the answer.", sla, arm=arms)
-        self.stage_seconds = add(Histogram, "stage_seconds", "Wall time of a stage.", SECONDS, stage=STAGES)
-        self.stage_candidates = add(
-            Histogram, "stage_candidates", "Candidates by edge.", COUNTS, stage=STAGES, edge=EDGES
-        )
-        self.score = add(Histogram, "score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
+        seconds = add(Histogram, "stage_seconds", "Wall time of a stage.", SECONDS, stage=LABELS)
+        n = add(Histogram, "stage_candidates", "Candidates by edge.", COUNTS, stage=LABELS, edge=EDGES)
+        score = add(Histogram, "score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
         self.shard_seconds = add(Histogram, "shard_seconds", "Time of a shard in the model.", SECONDS)
         self.shards = add(Counter, "shards", "Shards by outcome.", outcome=SHARD_OUTCOMES)
-        self.rows_handed = add(Counter, "rows", "Rows sent to workers: first, as hedges, after a death.", work=WORK)
-        self.degradations = add(
+        self.rows = add(Counter, "rows", "Rows sent to workers: first, as hedges, after a death.", work=WORK)
+        self.degraded = add(
             Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS
         )
-        self.degradations.labels(USER_LATE.stage.label, USER_LATE.reason)
+        self.degraded.labels(USER_LATE.stage.label, USER_LATE.reason)
         self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
         self.admission_limit = add(Gauge, "admission_limit", "Permits there are.")
         self.quality = add(Gauge, "quality", "Share of its configured width the funnel runs at.")
         self.coverage = add(Histogram, "coverage_ratio", "Share of the wanted that was re-ranked.", SHARES)
         self.restarts = add(Counter, "worker_restarts", "Workers that ended and were replaced.")
         # What every request counts, looked up once.
-        self.of_stage = {
-            s: (self.stage_seconds.labels(s), [self.stage_candidates.labels(s, edge) for edge in EDGES]) for s in STAGES
-        }
-        self.of_score = [self.score.labels(s, NO_ARM) for s in RANKED]
+        self.of_stage = [(seconds.labels(s), [n.labels(s, edge) for edge in EDGES]) for s in LABELS]
+        self.of_score = [score.labels(s, NO_ARM) for s in RANKED]
         prometheus_client.ProcessCollector(registry=self.registry)
         prometheus_client.PlatformCollector(registry=self.registry)
 
@@ -96,14 +91,14 @@ class Metrics:
     def ranking(self, ranking: Ranking) -> None:
         """Count what the funnel did for one answer."""
         for report in ranking.reports:
-            seconds, edges = self.of_stage[report.stage.label]
+            seconds, edges = self.of_stage[report.stage]
             seconds.observe(report.seconds)
             for edge, n in zip(edges, (report.wanted, report.done, report.n_out), strict=True):
                 edge.observe(n)
             if report.stage is Stage.RERANKING and report.outcome is not Outcome.SKIPPED:
                 self.coverage.observe(report.done / report.wanted)
         for d in ranking.degradations:
-            self.degradations.labels(d.stage.label, d.reason).inc()
+            self.degraded.labels(d.stage.label, d.reason).inc()
         for scored_by, score in zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False):
             if math.isfinite(score):  # one NaN would make the histogram's sum NaN for good
                 self.of_score[scored_by].observe(score)
@@ -113,14 +108,6 @@ class Metrics:
         self.shards.labels(outcome).inc()
         if seconds:
             self.shard_seconds.observe(seconds)
-
-    def rows(self, work: str, n: int) -> None:
-        """Count rows that were sent to a worker."""
-        self.rows_handed.labels(work).inc(n)
-
-    def restart(self) -> None:
-        """Count a worker that ended."""
-        self.restarts.inc()
 
     def watch(self, held: "Mapping[str, Serving]") -> None:
         """Read workers and generations (by role) at every scrape."""

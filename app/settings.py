@@ -51,10 +51,8 @@ class Settings:
     admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
     workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
     spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
-    # More than cores only pass the interpreter lock around.
-    threads: int = tunable(
-        os.cpu_count() or 1, "threads for what needs no worker: person, retrieval, pre-ranking", low=1, high=64
-    )
+    # For what needs no worker. More than cores only pass the interpreter lock around.
+    threads: int = tunable(os.cpu_count() or 1, "threads for person, retrieval and pre-ranking", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     reply_reserve_ms: float = tunable(8.0, "kept for the answer, which may wait for the event loop", low=0, high=1e3)
     max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)
@@ -75,10 +73,9 @@ class Settings:
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is {', '.join(LOG_LEVELS)}")
         for name in () if self.api_keys_file else ("host", "admin_host"):
-            if not is_loopback(host := getattr(self, name)):
-                raise SettingsError(
-                    f"WINNOW_{name.upper()}={host}: without WINNOW_API_KEYS_FILE only loopback is allowed"
-                )
+            given = f"WINNOW_{name.upper()}={getattr(self, name)}"
+            if not is_loopback(getattr(self, name)):
+                raise SettingsError(f"{given}: without WINNOW_API_KEYS_FILE only loopback is allowed")
 
 
 def is_loopback(host: str) -> bool:

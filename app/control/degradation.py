@@ -9,11 +9,7 @@ from math import ceil
 from app.flow import Degradation, Outcome, Stage
 
 # stage → what its consumers get instead
-SUBSTITUTES = {
-    Stage.RETRIEVAL: "popular items",
-    Stage.PRERANKING: "retrieval scores",
-    Stage.RERANKING: "pre-rank scores",
-}
+INSTEAD = {Stage.RETRIEVAL: "popular items", Stage.PRERANKING: "retrieval scores", Stage.RERANKING: "pre-rank scores"}
 
 # What can be said of a departure, closed because it is a metric's label.
 REASONS = {Outcome.LATE: "late", Outcome.FAILED: "failed", Outcome.PARTIAL: "partial"}
@@ -41,6 +37,5 @@ def degradation(stage: Stage, outcome: Outcome, narrowing: str | None = None) ->
 
     narrowing: why the stage was given less than it wanted, when all of that was done.
     """
-    if outcome is Outcome.PARTIAL and stage is Stage.RETRIEVAL:
-        return Degradation(stage, narrowing or REASONS[outcome], "fewer candidates")
-    return Degradation(stage, narrowing or REASONS[outcome], SUBSTITUTES[stage])
+    is_narrow = outcome is Outcome.PARTIAL and stage is Stage.RETRIEVAL
+    return Degradation(stage, narrowing or REASONS[outcome], "fewer candidates" if is_narrow else INSTEAD[stage])

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from app.features import FeatureSchema
 from app.flow import Array, Candidates, Person, Scores
 from app.workers.scoring import Shard
 
@@ -99,34 +98,24 @@ def write_slice(scored: Slice) -> bytes:
     return head + scored.scores.astype("<f4").tobytes()
 
 
-class ShardRecord:
-    """Writes and reads shards of one bundle."""
+def write_shard(shard: Shard, remaining_s: float, n_history: int) -> bytes:
+    """The shard with the last items of the history, of which the re-ranker reads so many."""
+    candidates, history = shard.candidates, shard.person.history
+    arrays: dict[str, Array] = {"rows": candidates.rows, "scores": candidates.retrieval_scores}
+    arrays |= {"user": candidates.user_embedding, "history": history[max(0, len(history) - n_history) :]}
+    arrays |= {**shard.person.fields, **shard.candidate_fields}
+    return SHARD_HEADER.pack(int(remaining_s * 1e6)) + write_arrays(arrays)
 
-    def __init__(self, features: FeatureSchema) -> None:
-        self.history = max((i.length for i in features.re_ranker), default=0)
 
-    def write(self, shard: Shard, remaining_s: float) -> bytes:
-        """Only as much of the history goes along as the re-ranker reads."""
-        candidates, history = shard.candidates, shard.person.history
-        arrays: dict[str, Array] = {
-            "rows": candidates.rows,
-            "scores": candidates.retrieval_scores,
-            "user": candidates.user_embedding,
-            "history": history[max(0, len(history) - self.history) :],
-            **shard.person.fields,
-            **shard.candidate_fields,
-        }
-        return SHARD_HEADER.pack(int(remaining_s * 1e6)) + write_arrays(arrays)
-
-    def read(self, payload: bytes, now: float) -> Shard:
-        """The shard, with its time counted from `now` on this process's clock."""
-        (remaining_us,) = SHARD_HEADER.unpack_from(payload)
-        arrays = read_arrays(payload, SHARD_HEADER.size)
-        rows, scores, user, history = (arrays.pop(name) for name in ("rows", "scores", "user", "history"))
-        sent = {key: arrays.pop(key) for key in list(arrays) if key.startswith("candidate.")}
-        # A worker doesn't care where a candidate came from.
-        candidates = Candidates(rows, scores, np.zeros(len(rows), np.uint32), user)
-        return Shard(Person(history, arrays), candidates, sent, now + remaining_us / 1e6)
+def read_shard(payload: bytes, now: float) -> Shard:
+    """The shard, with its time counted from `now` on this process's clock."""
+    (remaining_us,) = SHARD_HEADER.unpack_from(payload)
+    arrays = read_arrays(payload, SHARD_HEADER.size)
+    rows, scores, user, history = (arrays.pop(name) for name in ("rows", "scores", "user", "history"))
+    sent = {key: arrays.pop(key) for key in list(arrays) if key.startswith("candidate.")}
+    # A worker doesn't care where a candidate came from.
+    candidates = Candidates(rows, scores, np.zeros(len(rows), np.uint32), user)
+    return Shard(Person(history, arrays), candidates, sent, now + remaining_us / 1e6)
 
 
 def write_arrays(arrays: Mapping[str, Array]) -> bytes:

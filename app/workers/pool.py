@@ -26,14 +26,12 @@ from app.control.costs import Cost
 from app.control.hedging import HedgeBudget, late_after
 from app.errors import ContractError, ServerError, StageFailed
 from app.metrics import Metrics
-from app.workers import messages
-from app.workers.messages import Frame, Kind, Slice
+from app.workers.messages import Frame, Kind, Slice, frame, generation_number, read_frames, read_slice, write_shard
 from app.workers.process import FORKS
 from app.workers.scoring import Deliver, Shard
 from app.workers.worker import work
 
 READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
-ENDED_S = 0.02  # between two looks whether a process has ended
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
@@ -98,8 +96,8 @@ class WorkerPool:
         self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
     ) -> None:
         self.generation, self.metrics, self.paced_row_s = generation, metrics, paced_row_s
-        self.own = messages.generation_number(generation.digest)
-        self.record = messages.ShardRecord(generation.manifest.features)
+        self.own = generation_number(generation.digest)
+        self.n_history = max((i.length for i in generation.manifest.features.re_ranker), default=0)
         self.n_wanted = n_workers
         self.workers = [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
@@ -186,12 +184,12 @@ class WorkerPool:
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
         worker.job, worker.run, worker.offset = job, next(self.runs), job.done
         job.sent.append(work)
-        self.metrics.rows(work, job.n_left)
+        self.metrics.rows.labels(work).inc(job.n_left)
         if work == "first":
             self.hedges.earn(job.n_left)
         rest = job.shard.part(job.done) if job.done else job.shard
-        payload = self.record.write(rest, job.shard.until - time.monotonic())
-        worker.transport.write(messages.frame(Kind.SHARD, self.own, worker.run, payload))
+        payload = write_shard(rest, job.shard.until - time.monotonic(), self.n_history)
+        worker.transport.write(frame(Kind.SHARD, self.own, worker.run, payload))
         after_s = late_after(self.cost.seconds(job.n_left))
         asyncio.get_running_loop().call_later(after_s, self._is_late, worker, worker.run)
 
@@ -245,7 +243,7 @@ class WorkerPool:
                 log.warning("worker %d ended: %s", worker.number, why)
                 if worker.state == "starting" and not self.started.done():
                     self.started.set_exception(ServerError(f"a worker can't start: {why}"))
-            self.metrics.restart()
+            self.metrics.restarts.inc()
             n_early_deaths = 0 if time.monotonic() - born > STEADY_S else n_early_deaths + 1
             worker.state = "backing_off"
             await asyncio.sleep(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(n_early_deaths - 1, 20)))
@@ -277,7 +275,7 @@ class WorkerPool:
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
         if not self.started.done():
-            self.cost = Cost(ROUND_TRIP_S, max(messages.read_slice(payload).seconds, self.paced_row_s))
+            self.cost = Cost(ROUND_TRIP_S, max(read_slice(payload).seconds, self.paced_row_s))
             if len(self.ready) == len(self.workers):
                 self.started.set_result(None)
         self._hand_out()
@@ -296,7 +294,7 @@ class WorkerPool:
         if worker.job is None or answer.job != worker.run:
             raise ValueError(f"answered run {answer.job}, was given {worker.run}")
         if answer.kind is Kind.SCORES:
-            if not self._deliver(worker, worker.job, messages.read_slice(payload)):
+            if not self._deliver(worker, worker.job, read_slice(payload)):
                 return
         elif answer.kind is Kind.BROKEN:
             self._fail(worker.job, ContractError(f"in a worker: {payload.decode(errors='replace')}"))
@@ -324,7 +322,7 @@ class WorkerPool:
         """A ping, or to stop its run; not again while it owes the answer."""
         if kind not in worker.owes:
             worker.owes[kind] = SILENT
-            worker.transport.write(messages.frame(kind, self.own, worker.run))
+            worker.transport.write(frame(kind, self.own, worker.run))
 
     async def _watch(self) -> None:
         """Ping the workers; kill those that don't answer, don't stop when told to, or don't get ready.
@@ -353,7 +351,7 @@ class _Stream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.held += data
         try:
-            for answer, payload in messages.read_frames(self.held):
+            for answer, payload in read_frames(self.held):
                 self.receive(answer, payload)
         except Exception as e:
             self._end(e)
@@ -368,10 +366,8 @@ class _Stream(asyncio.Protocol):
 
 async def _wait_for_end(process: BaseProcess) -> None:
     """Returns when the process has ended: by itself, since its socket is closed, or else killed."""
-    patience = time.monotonic() + CLOSE_S
     try:
-        while process.is_alive() and time.monotonic() < patience:  # noqa: ASYNC110
-            await asyncio.sleep(ENDED_S)
+        await asyncio.to_thread(process.join, CLOSE_S)
     finally:
         process.kill()
         process.join()

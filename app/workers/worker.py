@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from app.bundle import RerankerParts, load_re_ranker
+from app.bundle import load_re_ranker
 from app.errors import ServerError, StageFailed
 from app.flow import Candidates, Person
-from app.workers import messages
-from app.workers.messages import Frame, Kind, Slice
+from app.workers.messages import Frame, Kind, Slice, frame, generation_number, read_frames, read_shard, write_slice
 from app.workers.process import yield_to_everybody
 from app.workers.scoring import Shard, ShardModel
 
 BEHIND = 10  # steps of niceness behind the loop: who hands out work comes first, or all wait for it
 WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape
+AT_ONCE = 1 << 16  # bytes that are taken from the socket
 SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
 LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
@@ -63,23 +63,25 @@ def work(connection: socket.socket, bundle: Path, digest: str, paced_row_s: floa
 def prepare(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float) -> "Worker":
     """The worker on this socket, warm. What keeps it from working is told to the parent, then raised."""
     try:
-        worker = Worker(connection, load_re_ranker(bundle, digest), paced_row_s)
+        worker = Worker(connection, bundle, digest, paced_row_s)
         worker.warm_up()
     except ServerError as e:
         with connection:
-            connection.sendall(messages.frame(Kind.FAILED, messages.generation_number(digest), 0, str(e).encode()))
+            connection.sendall(frame(Kind.FAILED, generation_number(digest), 0, str(e).encode()))
         raise
     return worker
 
 
 class Worker:
-    """Scores what comes over a socket. paced_row_s: how long a row takes at least (settings.py says what for)."""
+    """Scores what comes over a socket with a bundle's re-ranker.
 
-    def __init__(self, connection: socket.socket, parts: RerankerParts, paced_row_s: float = 0.0) -> None:
-        self.connection, self.parts, self.paced_row_s = connection, parts, paced_row_s
-        self.own = messages.generation_number(parts.digest)
-        self.record = messages.ShardRecord(parts.features)
-        self.model = ShardModel(parts.session, parts.features.re_ranker, parts.tables)
+    paced_row_s: how long a row takes at least (settings.py says what for).
+    """
+
+    def __init__(self, connection: socket.socket, bundle: Path, digest: str, paced_row_s: float = 0.0) -> None:
+        self.connection, self.own, self.paced_row_s = connection, generation_number(digest), paced_row_s
+        session, self.features, tables = load_re_ranker(bundle, digest)
+        self.model = ShardModel(session, self.features.re_ranker, tables)
         self.row_s = 0.0  # of the last slices
         self.inbox: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.sending = threading.Lock()
@@ -88,15 +90,15 @@ class Worker:
         """Answer shards until the other end closes."""
         threading.Thread(target=self._listen, daemon=True).start()
         with contextlib.suppress(ConnectionError):  # a parent that is gone is no fault of ours
-            self._send(Kind.READY, 0, messages.write_slice(Slice(self.row_s, 0, np.empty(0, np.float32), is_last=True)))
+            self._send(Kind.READY, 0, write_slice(Slice(self.row_s, 0, np.empty(0, np.float32), is_last=True)))
             for run in iter(self.inbox.get, None):
                 self._answer(run)
 
     def warm_up(self) -> None:
         """Run the model at a few widths, on the first items and a person nothing is known of."""
-        n_items, d = self.parts.tables["embedding"].shape
-        fields = self.parts.features.fields.items()
-        person = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in fields})
+        n_items, d = self.model.tables["embedding"].shape
+        fields = {key: spec.filled() for key, spec in self.features.fields.items()}
+        person = Person(np.empty(0, np.int64), fields)
         took = []
         for n in WARM_UP:
             rows, started = np.arange(min(n, n_items)), time.monotonic()
@@ -113,7 +115,7 @@ class Worker:
         try:
             if run.asked.generation != self.own:
                 raise StageFailed("another generation than this worker's")
-            self._score(run, self.record.read(run.payload, started), started)
+            self._score(run, read_shard(run.payload, started), started)
         except StageFailed as e:
             self._send(Kind.FAILED, job, b"stopped" if run.is_stopped.is_set() else str(e).encode())
         except ConnectionError:
@@ -135,31 +137,32 @@ class Worker:
             sliced_at, now = now, time.monotonic()
             self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
             scored = Slice(now - sliced_at, start, scores, stop == n)
-            self._send(Kind.SCORES, run.asked.job, messages.write_slice(scored))
+            self._send(Kind.SCORES, run.asked.job, write_slice(scored))
             start = stop
 
     # ------------------------------------------------------------------------------------- the socket
 
     def _listen(self) -> None:
         run: Run | None = None
-        with contextlib.suppress(OSError), self.connection.makefile("rb") as stream:
-            while len(header := stream.read(messages.HEADER.size)) == messages.HEADER.size:
-                asked = messages.read_header(header)
-                payload = stream.read(asked.length)
-                if asked.kind is Kind.SHARD:
-                    run = Run(asked, payload)
-                    self.inbox.put(run)
-                elif asked.kind is Kind.PING:
-                    self._send(Kind.PONG, asked.job)
-                elif run and run.asked.job == asked.job:
-                    run.stop()
+        received = bytearray()
+        with contextlib.suppress(OSError):
+            while data := self.connection.recv(AT_ONCE):
+                received += data
+                for asked, payload in read_frames(received):
+                    if asked.kind is Kind.SHARD:
+                        run = Run(asked, payload)
+                        self.inbox.put(run)
+                    elif asked.kind is Kind.PING:
+                        self._send(Kind.PONG, asked.job)
+                    elif run and run.asked.job == asked.job:
+                        run.stop()
         if run:
             run.stop()
         self.inbox.put(None)
 
     def _send(self, kind: Kind, job: int, payload: bytes = b"") -> None:
         with self.sending:
-            self.connection.sendall(messages.frame(kind, self.own, job, payload))
+            self.connection.sendall(frame(kind, self.own, job, payload))
 
 
 def slice_rows(row_s: float, n_left: int) -> int:

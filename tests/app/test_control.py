@@ -3,7 +3,7 @@
 import pytest
 
 from app.control.deadline import Deadline
-from app.control.degradation import BY_LOAD, BY_TIME, REASONS, SUBSTITUTES, USER_LATE, degradation, narrowed
+from app.control.degradation import BY_LOAD, BY_TIME, INSTEAD, REASONS, USER_LATE, degradation, narrowed
 from app.flow import Degradation, Outcome, Stage
 
 
@@ -63,7 +63,7 @@ def test_a_narrowed_stage_says_why():
 
 
 def test_selection_has_no_fallback():
-    assert set(SUBSTITUTES) == {Stage.RETRIEVAL, Stage.PRERANKING, Stage.RERANKING}
+    assert set(INSTEAD) == {Stage.RETRIEVAL, Stage.PRERANKING, Stage.RERANKING}
 
 
 def test_a_stage_that_did_its_work_or_was_not_asked_is_no_degradation():

@@ -6,38 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from app.features import FeatureSchema
 from app.flow import Candidates, Person
 from app.workers.messages import (
     FORMAT,
     HEADER,
     Kind,
-    ShardRecord,
     Slice,
     frame,
     generation_number,
     read_arrays,
     read_header,
+    read_shard,
     read_slice,
     write_arrays,
+    write_shard,
     write_slice,
 )
 from app.workers.scoring import Shard
 
 READS = 3  # items of the history
-SCHEMA = FeatureSchema.model_validate(
-    {
-        "user_tower": [{"name": "age", "source": "user_table", "field": "age"}],
-        "re_ranker": [
-            {"name": "history", "source": "history", "table": "row", "length": READS},
-            {"name": "where", "source": "context", "field": "where", "shape": [2]},
-            {"name": "code", "source": "request", "field": "code", "dtype": "int64"},
-            {"name": "bid", "source": "candidate", "field": "bid"},
-            {"name": "tags", "source": "candidate", "field": "tags", "dtype": "int64", "shape": [3]},
-        ],
-        "pre_ranker": [],
-    }
-)
 PERSON = {"user.age": ((1,), "f4"), "context.where": ((2,), "f4"), "query.code": ((1,), "i8")}
 CANDIDATE = {"candidate.bid": ((1,), "f4"), "candidate.tags": ((3,), "i8")}
 
@@ -65,8 +52,7 @@ def equal(a, b) -> bool:
 
 @given(shards())
 def test_a_shard_comes_back_as_it_was(shard):
-    record = ShardRecord(SCHEMA)
-    read = record.read(record.write(shard, remaining_s=0.0), now=0.0)
+    read = read_shard(write_shard(shard, 0.0, READS), now=0.0)
     assert equal(read.candidates.rows, shard.candidates.rows)
     assert equal(read.candidates.retrieval_scores, shard.candidates.retrieval_scores)
     assert equal(read.candidates.user_embedding, shard.candidates.user_embedding)
@@ -79,17 +65,15 @@ def test_a_shard_comes_back_as_it_was(shard):
 
 @given(shards())
 def test_only_the_last_items_of_the_history_that_the_model_reads_go_along(shard):
-    record = ShardRecord(SCHEMA)
-    read = record.read(record.write(shard, remaining_s=0.0), now=0.0)
+    read = read_shard(write_shard(shard, 0.0, READS), now=0.0)
     assert read.person.history.tolist() == shard.person.history.tolist()[-READS:]
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e6))
 def test_the_time_left_crosses_and_no_instant(remaining_s, now):
-    record = ShardRecord(SCHEMA)
     person = Person(np.empty(0, np.int64), {k: np.zeros((1, *s), t) for k, (s, t) in PERSON.items()})
     none = Candidates(np.empty(0, "i8"), np.empty(0, "f4"), np.empty(0, "u4"), np.zeros(1, "f4"))
-    read = record.read(record.write(Shard(person, none, {}, until=-1.0), remaining_s), now)
+    read = read_shard(write_shard(Shard(person, none, {}, until=-1.0), remaining_s, READS), now)
     assert read.until == pytest.approx(now + remaining_s, abs=2e-6)  # whole microseconds
 
 

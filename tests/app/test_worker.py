@@ -10,7 +10,7 @@ from app.bundle import load_re_ranker
 from app.errors import BundleError
 from app.warmup import offline_query
 from app.workers import worker
-from app.workers.messages import HEADER, Kind, ShardRecord, frame, generation_number, read_header, read_slice
+from app.workers.messages import HEADER, Kind, frame, generation_number, read_header, read_slice, write_shard
 from app.workers.scoring import Shard
 from tests import world
 
@@ -32,7 +32,7 @@ def child(generation):
 
 def start(connection: socket.socket, generation, paced_row_s: float = 0.0) -> threading.Thread:
     """A worker's main loop on this socket."""
-    child = worker.Worker(connection, load_re_ranker(generation.path, generation.digest), paced_row_s)
+    child = worker.Worker(connection, generation.path, generation.digest, paced_row_s)
     child.warm_up()
     thread = threading.Thread(target=child.serve)
     thread.start()
@@ -47,7 +47,7 @@ def receive(connection: socket.socket):
 def send_shard(connection, generation, funnel, *, remaining_s=LONG_S, own=None) -> Shard:
     query = offline_query({"user": {"id": "cho"}}, generation)
     shard = Shard(query.person, funnel.retrieval.search(query, 20), {}, until=0.0)
-    payload = ShardRecord(generation.manifest.features).write(shard, remaining_s)
+    payload = write_shard(shard, remaining_s, n_history=50)
     number = generation_number(generation.digest) if own is None else own
     connection.sendall(frame(Kind.SHARD, number, 5, payload))
     return shard

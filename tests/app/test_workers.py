@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ class Watched(WorkerPool):
         self.outcomes: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.restarted, self.asked = asyncio.Event(), asyncio.Event()
+        self.restarts = SimpleNamespace(inc=self.restarted.set)
+        self.rows = SimpleNamespace(labels=lambda work: SimpleNamespace(inc=lambda n: self.sent.update({work: n})))
         super().__init__(generation, n_workers, self, **more)
 
     def submit(self, shard: Shard, deliver):
@@ -42,12 +45,6 @@ class Watched(WorkerPool):
 
     def shard(self, outcome: str, _: float) -> None:
         self.outcomes[outcome] += 1
-
-    def rows(self, work: str, n: int) -> None:
-        self.sent[work] += n
-
-    def restart(self) -> None:
-        self.restarted.set()
 
     async def score(self, shard: Shard):
         """The shard's scores, when they are all there."""
