@@ -55,7 +55,8 @@ def routes(service: Service) -> APIRouter:
         """Warm, at least one worker alive, not draining."""
         if service.is_ready:
             return PlainTextResponse("ready\n")
-        return PlainTextResponse(f"not ready: {service.gate.phase}\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        why = "no worker is alive" if service.gate.phase is Phase.SERVING else service.gate.phase
+        return PlainTextResponse(f"not ready: {why}\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
     return router
 

@@ -110,7 +110,11 @@ class RankingProtocol(HttpToolsProtocol):
         if not self.held:
             return
         (cycle, app), self.held = self.held, None
-        response = self.refuse(cycle.scope, cycle.body) if may_refuse else None
+        response = None
+        try:
+            response = self.refuse(cycle.scope, cycle.body) if may_refuse else None
+        except Exception:  # a defect here must not look like a malformed request
+            logger.exception("refusing failed")
         if response is None:
             super()._start_asgi_task(cycle, app)
         else:
@@ -155,8 +159,10 @@ def _listener(settings: Settings, prefix: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
-        why = str(e.strerror).partition(" (")[0].lower()
-        raise SettingsError(f"WINNOW_{prefix.upper()}PORT={port}: {why} on {host}; choose another port") from e
+        why, name = str(e.strerror).partition(" (")[0].lower(), f"WINNOW_{prefix.upper()}"
+        if isinstance(e, socket.gaierror):
+            raise SettingsError(f"{name}HOST={host}: {why}; it must be an address of this machine") from e
+        raise SettingsError(f"{name}PORT={port}: {why} on {host}; choose another port") from e
 
 
 async def serve(settings: Settings) -> int:

@@ -24,6 +24,7 @@ from app.flow import Query, Ranking
 from app.funnel import Funnel
 from app.gate import Gate, Phase
 from app.keys import read_keys
+from app.manifest import read_manifest
 from app.metrics import Metrics
 from app.settings import Settings
 from app.warmup import measure, prove, prove_aside
@@ -67,6 +68,7 @@ class Service:
         self.metrics.watch(self.held)
         # The last bundle that was offered: path, state (loading, ready, failed), error.
         self.loading: dict[str, str | None] = {}
+        self.activates = False  # what is being loaded, when it is ready
         self.tasks: set[asyncio.Task[None]] = set()  # loading, and closing what left
 
     @property
@@ -98,6 +100,7 @@ class Service:
 
     async def stop(self) -> None:
         """Finish what is in flight, then end the workers."""
+        log.info("stopping; %d requests in flight", self.gate.inflight)
         if not await self.gate.drain(self.settings.drain_s):
             log.warning("%d requests were still in flight at the stop", self.gate.inflight)
         await asyncio.sleep(self.settings.linger_s)
@@ -105,6 +108,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
         self.threads.shutdown(wait=False, cancel_futures=True)
+        log.info("stopped")
 
     @property
     def is_ready(self) -> bool:
@@ -122,16 +126,20 @@ class Service:
         if not path.is_dir():
             raise NotThere(f"{path}: no such directory")
         self.loading = {"path": str(path), "state": "loading", "error": None}
-        self._keep(asyncio.create_task(self._load(path, activate), name="load"))
+        self.activates = activate
+        self._keep(asyncio.create_task(self._load(path), name="load"))
 
-    async def _load(self, path: Path, activate: bool) -> None:
+    async def _load(self, path: Path) -> None:
         try:
             await _prove_apart(path)
-            generation = await asyncio.to_thread(load, path, is_verified=True)
-            self._hold("candidate", await self._open(generation))
+            _, digest = await asyncio.to_thread(read_manifest, path)
+            held = {one.generation.digest: role for role, one in self.held.items() if role != "previous"}
+            if (role := held.get(digest, "")) == "":
+                generation = await asyncio.to_thread(load, path, is_verified=True)
+                self._hold(role := "candidate", await self._open(generation))
             self.loading["state"] = "ready"
-            if activate:
-                self.switch_to("candidate")
+            if self.activates and role != "serving":
+                self.switch_to(role)
         except Exception as e:  # whatever it was, the old generation serves on
             is_fault = isinstance(e, ServerError)
             log.error("offered bundle refused: %s", e, exc_info=None if is_fault else e)
@@ -144,6 +152,7 @@ class Service:
         """
         if role not in self.held:
             raise Conflict(f"no {role} generation is held")
+        self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
         log.info("serving %s", self.held["serving"].generation.name)

@@ -53,11 +53,12 @@ def work(connection: socket.socket, bundle: Path, digest: str, paced_row_s: floa
     """
     os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
     os.nice(BEHIND)
-    with ThreadPoolExecutor(1) as thread:
-        if is_yielding:
-            thread.submit(yield_to_everybody)
-        ready = thread.submit(prepare, connection, bundle, digest, paced_row_s).result()
-    ready.serve()
+    with contextlib.suppress(ServerError):  # the parent was told, and logs it
+        with ThreadPoolExecutor(1) as thread:
+            if is_yielding:
+                thread.submit(yield_to_everybody)
+            ready = thread.submit(prepare, connection, bundle, digest, paced_row_s)
+        ready.result().serve()
 
 
 def prepare(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float) -> "Worker":

@@ -573,6 +573,13 @@ async def test_while_starting_or_draining_requests_are_503_and_it_is_not_ready(a
         assert (await call(app, "GET", "/livez")).status == 200
 
 
+async def test_without_a_worker_it_is_not_ready_and_says_so(app, service, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.serving.pool, "n_wanted", 0)
+        ready = await call(app, "GET", "/readyz")
+    assert (ready.status, ready.body) == (503, b"not ready: no worker is alive\n")
+
+
 async def test_a_service_that_was_never_started_is_alive_but_not_ready(bundle):
     app = create_app(Service(Settings(bundle=bundle, workers=1)))
     assert (await call(app, "GET", "/livez")).status == 200

@@ -90,6 +90,31 @@ async def test_rolling_back_lets_the_previous_one_serve_at_once(service, admin, 
     assert (await rank(create_app(service), PATIENT)).json()["generation"].startswith("tiny@1#")
 
 
+async def test_the_candidate_offered_again_serves_and_what_serves_is_not_loaded_twice(service, admin, other, bundle):
+    await offer(admin, other, activate="false")
+    await loaded(service)
+    candidate, served = service.held["candidate"], service.serving
+    await offer(admin, bundle)
+    await loaded(service)
+    assert service.serving is served
+    assert versions(service) == {"serving": "1", "candidate": "2"}
+    await offer(admin, other)
+    await loaded(service)
+    assert service.serving is candidate
+    assert versions(service) == {"serving": "2", "previous": "1"}
+
+
+async def test_who_rolls_back_while_a_bundle_loads_means_it(service, admin, other, bundle):
+    await offer(admin, other)
+    await loaded(service)
+    third = await offer(admin, bundle)
+    assert third.status == 202
+    assert (await call(admin, "POST", "/admin/rollback")).status == 202
+    await loaded(service)
+    assert service.loading["state"] == "ready"
+    assert versions(service) == {"serving": "1", "previous": "2"}
+
+
 async def test_a_bundle_that_must_not_be_served_is_refused_by_name_and_the_old_one_serves_on(service, admin, copy):
     (copy / "popular.npy").write_bytes(b"spoilt")
     await offer(admin, copy)

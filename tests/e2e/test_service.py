@@ -12,6 +12,8 @@ from contextlib import closing
 
 import pytest
 
+from app.main import _listener
+from app.settings import Settings, SettingsError
 from tests import world
 from tests.asgi import JSON
 from tests.running import AUTHORIZED, PATIENCE_S, running
@@ -204,6 +206,13 @@ def test_a_port_in_use_ends_the_process_with_2_and_one_sentence(bundle, capfd, n
             assert process.process.wait(PATIENCE_S) == 2
     (said,) = capfd.readouterr().err.splitlines()
     assert said == f"refused: {name}={port}: address already in use on 127.0.0.1; choose another port"
+
+
+def test_a_host_that_is_none_is_named(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"{'0' * 64} rank\n")
+    with pytest.raises(SettingsError, match=r"^WINNOW_HOST=no\.host\.invalid: .* an address of this machine$"):
+        _listener(Settings(host="no.host.invalid", api_keys_file=keys), "")
 
 
 def test_settings_that_can_not_be_used_end_the_process_with_2(bundle):
