@@ -6,6 +6,7 @@ flight end, then ends the workers. Servers and signals are here; what is served 
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import resource
@@ -160,7 +161,7 @@ def _listener(settings: Settings, prefix: str) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
         why, name = str(e.strerror).partition(" (")[0].lower(), f"WINNOW_{prefix.upper()}"
-        if isinstance(e, socket.gaierror):
+        if e.errno in (socket.EAI_NONAME, socket.EAI_AGAIN, errno.EADDRNOTAVAIL):
             raise SettingsError(f"{name}HOST={host}: {why}; it must be an address of this machine") from e
         raise SettingsError(f"{name}PORT={port}: {why} on {host}; choose another port") from e
 
