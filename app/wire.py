@@ -137,7 +137,7 @@ class RankResponse(Wire):
     coverage: CoveragePart
     degraded: list[DegradedPart]
     expected_ndcg_loss: float | None = Field(
-        description="Of NDCG@k, on average, against the full funnel's at these widths; 0: it is full, null: never measured."
+        description="Of NDCG@k, on average, against the full funnel at these widths; 0: it is that; null: not measured."
     )
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
         description="Ids sent that the catalogue doesn't have, or that were sent twice."
