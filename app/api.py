@@ -91,15 +91,10 @@ def admin_routes(service: Service) -> APIRouter:
 
 def _of_serving(held: Serving) -> dict[str, Any]:
     manifest = held.generation.manifest
-    return {
-        "digest": held.generation.digest,
-        "age_s": round(time.monotonic() - held.loaded_at, 1),
-        "inflight": held.inflight,
-        "workers": held.pool.pids(),
-        "items": manifest.retrievers[0].n,
-        "retriever": manifest.retrievers[0],
-        **manifest.model_dump(include={"name", "version", "created", "offline_metrics"}),
-    }
+    lives = {"digest": held.generation.digest, "age_s": round(time.monotonic() - held.loaded_at, 1)}
+    works = {"inflight": held.inflight, "workers": held.pool.pids()}
+    holds = {"items": manifest.retrievers[0].n, "retriever": manifest.retrievers[0]}
+    return lives | works | holds | manifest.model_dump(include={"name", "version", "created", "offline_metrics"})
 
 
 # ----------------------------------------------------------------------------------------- POST /v1/rank

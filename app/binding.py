@@ -37,14 +37,12 @@ def check_names(features: FeatureSchema, tables: Tables) -> None:
         kind, _, argument = name.partition(".")
         table, _, column = argument.partition(".")
         if field := features.fields.get(name):
-            is_one = math.prod(field.shape) == 1
-            require(is_one, f"pre_ranker.npz: {name} is {field.shape}, a feature is one number")
+            require(math.prod(field.shape) == 1, f"pre_ranker.npz: {name} is {field.shape}, a feature is one number")
         elif kind in ("item", *HISTORY_FEATURES):
             fits = table in tables and _is_readable(kind, column, tables[table])
             require(fits, f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
         else:
-            is_known = kind in ("retrieval_score", "history_log_count")
-            require(is_known, f"pre_ranker.npz: no feature is named {name}")
+            require(kind in ("retrieval_score", "history_log_count"), f"pre_ranker.npz: no feature is named {name}")
 
 
 def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, Array]:

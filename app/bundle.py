@@ -30,6 +30,7 @@ from app.flow import F32, Array, Mask, Rows, sealed
 from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
+Id = int | str  # external, as in ids.npy
 NO_ROW = -1  # pads lists of rows
 # vocab/<name>.json: numbers that a field of either type holds
 VOCABULARY = TypeAdapter(dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)]])
@@ -49,17 +50,17 @@ class Ids:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, wanted: Sequence[int | str]) -> Rows:
+    def rows(self, wanted: Sequence[Id]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
         fits = self._fits(wanted)
-        blank: int | str = "" if self.is_text else 0
+        blank: Id = "" if self.is_text else 0
         known = wanted if fits.all() else [w if fit else blank for w, fit in zip(wanted, fits, strict=True)]
         keys = np.array(known, self.ids.dtype)  # in the table's own type: for another, all ids would be converted
         at = np.minimum(np.searchsorted(self.ids, keys, sorter=self.order), len(self.ids) - 1)
         rows = np.asarray(self.order[at], np.int64)
         return np.where((self.ids[rows] == keys) & fits, rows, NO_ROW)
 
-    def _fits(self, wanted: Sequence[int | str]) -> Mask:
+    def _fits(self, wanted: Sequence[Id]) -> Mask:
         """bool[n]: ids that the table's type can hold. Ten thousand take a millisecond."""
         if self.is_text:
             width = self.ids.dtype.itemsize // 4
@@ -69,7 +70,7 @@ class Ids:
             fits = [type(w) is int and self.low <= w <= self.high for w in wanted]  # a bool is an int, and no id
         return np.array(fits, np.bool_)
 
-    def external(self, rows: Rows) -> list[int | str]:
+    def external(self, rows: Rows) -> list[Id]:
         """The external ids of these rows."""
         return self.ids[rows].tolist()  # type: ignore[no-any-return]
 

@@ -99,10 +99,10 @@ class BundleError(ServerError):
     """A bundle that must not be served. The message is one sentence that names the file."""
 
 
-def require(is_so: bool, sentence: str) -> None:
-    """What a bundle must fulfil to be served. Raises BundleError with this sentence, which names the file."""
+def require(is_so: bool, sentence: str, otherwise: type[WinnowError] = BundleError) -> None:
+    """What must hold. Raises an error with this sentence; by default what a bundle must fulfil to be served."""
     if not is_so:
-        raise BundleError(sentence)
+        raise otherwise(sentence)
 
 
 class StageFailed(ServerError):

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -24,12 +23,12 @@ from app.control.costs import Estimate
 from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
-from app.errors import ContractError, DeadlineMissed, StageFailed
+from app.errors import ContractError, DeadlineMissed, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport
+from app.stages import selection
 from app.stages.preranking import Preranking
 from app.stages.reranking import Reranking
 from app.stages.retrieval import Retrieval
-from app.stages.selection import Selection
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,6 @@ class Funnel:
         self.retrieval = Retrieval(generation)
         self.preranking = Preranking(generation)
         self.reranking = Reranking(generation, scorer)
-        self.selection = Selection()
 
     async def rank(self, resolve: Resolve, deadline: Deadline, quality: float = 1.0) -> tuple[Query, Ranking]:
         """The query as resolved, and the best min(k, candidates) items for it, in time.
@@ -76,10 +74,22 @@ class Funnel:
         resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
-        budgets, so_far = self.generation.manifest.funnel.budgets, list[Query]()
+        so_far = list[Query]()  # the query, if a thread got as far as that
+
+        async def narrow(*, is_late: bool = False) -> tuple[Query, RequestScope, Scored]:
+            """All that needs no worker, and so never waits."""
+            if not so_far:
+                so_far.append(resolve(is_late=is_late))
+            scope = self.open_scope(query := so_far[0], deadline, quality)
+            scope.is_late = is_late
+            found = await self.run(self.retrieval, scope, query, None)
+            coarse = await self.run(self.preranking, scope, query, found)
+            scope.is_late = False
+            return query, scope, coarse.top(scope.keep)
+
+        budgets = self.generation.manifest.funnel.budgets
         share = max(budgets.retrieval, budgets.preranking)
         limit_s = deadline.limit(share, time.monotonic(), self.reply_reserve_s)
-        narrow = partial(self._narrow, so_far, resolve, deadline, quality)
         # One hop for all of it: between three a request would wait three times for the interpreter.
         work = asyncio.get_running_loop().run_in_executor(self.threads, _outcome_of, narrow)
         try:
@@ -88,19 +98,6 @@ class Funnel:
             query, scope, coarse = await narrow(is_late=True)  # here: another hop would be another wait
         fine = await self.run(self.reranking, scope, query, coarse)
         return query, self.select(scope, query, fine)
-
-    async def _narrow(
-        self, so_far: list[Query], resolve: Resolve, deadline: Deadline, quality: float, *, is_late: bool = False
-    ) -> tuple[Query, RequestScope, Scored]:
-        """All that needs no worker, and so never waits. so_far: the query, if a thread got as far as that."""
-        if not so_far:
-            so_far.append(resolve(is_late=is_late))
-        scope = self.open_scope(query := so_far[0], deadline, quality)
-        scope.is_late = is_late
-        found = await self.run(self.retrieval, scope, query, None)
-        coarse = await self.run(self.preranking, scope, query, found)
-        scope.is_late = False
-        return query, scope, coarse.top(scope.keep)
 
     def seconds(self, quality: float, n_threads: int) -> float:
         """What a request is expected to take at this quality where so many threads, and all workers, are busy."""
@@ -113,15 +110,11 @@ class Funnel:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
         widths = self.generation.manifest.funnel
         rerank_width = query.rerank_count or widths.rerank
-        return RequestScope(
-            generation=self.generation.name,
-            deadline=deadline,
-            retrieve_width=max(widths.retrieve, rerank_width, query.k),
-            rerank_width=rerank_width,
-            keep=max(rerank_width, query.k),
-            quality=quality,
-            degradations=[USER_LATE] if query.person.is_late else [],
-        )
+        keep = max(rerank_width, query.k)
+        scope = RequestScope(self.generation.name, deadline, max(widths.retrieve, keep), rerank_width, keep, quality)
+        if query.person.is_late:
+            scope.degradations.append(USER_LATE)
+        return scope
 
     async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
         """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
@@ -129,9 +122,8 @@ class Funnel:
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
         budget_s = scope.deadline.limit(share, started, self.reply_reserve_s)
         wanted, until = stage.wanted(scope, query, given), started + budget_s
-        least = 0
-        if stage.stage is Stage.RETRIEVAL:  # the caller's own candidates are all kept
-            least = scope.keep if query.candidates is None else wanted
+        kept = scope.keep if query.candidates is None else wanted  # the caller's own candidates are all kept
+        least = kept if stage.stage is Stage.RETRIEVAL else 0
         scope.width, narrowing = narrowed(wanted, scope.quality, stage.cost.fits(budget_s), least)
         try:
             if scope.is_late or (wanted and not scope.width):
@@ -148,39 +140,31 @@ class Funnel:
         now = time.monotonic()
         is_late = now >= until or fault is Outcome.LATE
         outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)
-        shards = (scope.shards, scope.shards_ok) if stage.stage is Stage.RERANKING else (0, 0)
-        report = StageReport(stage.stage, wanted, done, len(output), now - started, outcome, *shards)
-        scope.reports.append(report)
+        shards = scope.shards, scope.shards_ok  # of re-ranking; before it there are none
+        scope.reports.append(StageReport(stage.stage, wanted, done, len(output), now - started, outcome, *shards))
         if outcome in REASONS:
             why = narrowing if not fault and done >= scope.width else None
             scope.degradations.append(degradation(stage.stage, outcome, why))
+        saved_s = stage.cost.seconds(wanted) - stage.cost.seconds(min(done, wanted))
         is_short_of_time = narrowing == BY_TIME or (is_late and done < scope.width)
-        scope.extra_s += (
-            math.inf if is_short_of_time else stage.cost.seconds(wanted) - stage.cost.seconds(min(done, wanted))
-        )
+        scope.extra_s += math.inf if is_short_of_time else saved_s
         return output
 
     def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
         """The answer; selection is arithmetic on k items and has no fallback."""
         started = time.monotonic()
-        ranking = self.selection.select(scope, query, fine)
+        ranking = selection.select(scope, query, fine)
         _check_ranking(query, fine, ranking)
         took, outcome = time.monotonic() - started, Outcome.OK if len(fine) else Outcome.SKIPPED
         scope.reports.append(StageReport(Stage.SELECTION, len(fine), len(fine), len(ranking), took, outcome))
-        table = self.generation.manifest.loss
-        loss = expected_loss(table, scope, fine) if table and scope.degradations else None
-        return replace(
-            ranking,
-            reports=tuple(scope.reports),
-            expected_ndcg_loss=loss if scope.degradations else 0.0,
-            extra_s=max(0.0, scope.extra_s),
-        )
+        reports, extra_s, table = tuple(scope.reports), max(0.0, scope.extra_s), self.generation.manifest.loss
+        loss = (expected_loss(table, scope, fine) if table else None) if scope.degradations else 0.0
+        return replace(ranking, reports=reports, expected_ndcg_loss=loss, extra_s=extra_s)
 
 
 def offline_funnel(generation: Generation, threads: Executor) -> Funnel:
     """The same funnel with the deep model in this process: packing, evaluation, golden requests."""
-    features = generation.manifest.features
-    model = ShardModel(generation.re_ranker, features.re_ranker, generation.tables)
+    model = ShardModel(generation.re_ranker, generation.manifest.features.re_ranker, generation.tables)
     return Funnel(generation, InProcess(model), threads)
 
 
@@ -213,32 +197,32 @@ def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_
 # ------------------------------------------------------------------------------------------ contracts
 
 
-def _require(is_kept: bool, promise: str) -> None:
-    if not is_kept:
-        raise ContractError(promise)
-
-
 def _check_output(given: object, output: Candidates | Scored, n_items: int) -> None:
     """Only retrieval adds candidates; a scorer keeps length and order."""
     if isinstance(output, Candidates):
         n, rows = len(output), output.rows
         fits = rows.dtype == np.int64 and output.retrieval_scores.shape == output.origins.shape == (n,)
-        _require(fits, "retrieval: columns of one length, rows of type int64")
+        require(fits, "retrieval: columns of one length, rows of type int64", ContractError)
         ranked = np.sort(rows)
         is_known = not n or (ranked[0] >= 0 and ranked[-1] < n_items and (ranked[1:] != ranked[:-1]).all())
-        _require(bool(is_known), "retrieval: rows of the catalogue, each once")
+        require(bool(is_known), "retrieval: rows of the catalogue, each once", ContractError)
     else:
         label, candidates = output.stage.label, given.candidates if isinstance(given, Scored) else given
-        _require(output.candidates is candidates, f"{label}: a scorer keeps its candidates")
+        require(output.candidates is candidates, f"{label}: a scorer keeps its candidates", ContractError)
         is_whole = output.scores.shape == output.scored_by.shape == (len(output.candidates),)
-        _require(is_whole and output.scores.dtype == np.float32, f"{label}: a float32 score for each candidate")
+        is_whole &= output.scores.dtype == np.float32
+        require(
+            is_whole and output.scores.dtype == np.float32,
+            f"{label}: a float32 score for each candidate",
+            ContractError,
+        )
 
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows, p = ranking.rows, ranking.propensities
     n, shown = min(query.k, len(fine)), set(rows.tolist())
-    _require(len(rows) == len(shown) == n, f"selection: min(k, candidates) = {n} items, each once")
+    require(len(rows) == len(shown) == n, f"selection: min(k, candidates) = {n} items, each once", ContractError)
     columns = {c.shape for c in (ranking.scores, ranking.values, ranking.stages, p)}
-    _require(columns == {rows.shape}, "selection: columns of one length")
-    _require(shown.issubset(fine.candidates.rows.tolist()), "selection: only candidates")
-    _require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]")
+    require(columns == {rows.shape}, "selection: columns of one length", ContractError)
+    require(shown.issubset(fine.candidates.rows.tolist()), "selection: only candidates", ContractError)
+    require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]", ContractError)

@@ -9,7 +9,6 @@ import logging.handlers
 import queue
 import sys
 import time
-from typing import Any
 
 import orjson
 
@@ -22,12 +21,10 @@ class Line(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage().encode(errors="backslashreplace").decode(),  # names of files may be no text
-        }
+        line = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower(), "logger": record.name}
+        line["message"] = (
+            record.getMessage().encode(errors="backslashreplace").decode()
+        )  # names of files may be no text
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)

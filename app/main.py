@@ -33,6 +33,7 @@ from app.wire import LARGE_BODY
 
 logger = logging.getLogger(__name__)
 
+WHAT = "Funnel ranking inside a latency SLA."
 SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop; Python's own 5 ms is half a timeout
 
 
@@ -50,13 +51,9 @@ def create_admin_app(service: Service) -> FastAPI:
 
 
 def _app(title: str, router: APIRouter) -> FastAPI:
-    app = FastAPI(
-        title=title,
-        version=version("winnow"),
-        description="Funnel ranking inside a latency SLA.",
-        redoc_url=None,
-        exception_handlers={HTTPException: problems.refuse, WinnowError: problems.refuse},
-    )
+    app = FastAPI(title=title, version=version("winnow"), description=WHAT, redoc_url=None)
+    for error in (HTTPException, WinnowError):
+        app.add_exception_handler(error, problems.refuse)
     app.include_router(router)
     return app
 
@@ -140,17 +137,11 @@ class Server(uvicorn.Server):
 
 
 def _server(app: FastAPI, refuse: Refuse) -> Server:
-    config = uvicorn.Config(
-        app,
-        http=partial(RankingProtocol, refuse),  # type: ignore[arg-type]
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=2,
-        timeout_keep_alive=60,  # longer than clients keep theirs: it is they who close
-    )
+    protocol: Any = partial(RankingProtocol, refuse)
+    config = uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, access_log=False)
+    config.server_header = config.proxy_headers = False
+    config.timeout_graceful_shutdown = 2
+    config.timeout_keep_alive = 60  # longer than clients keep theirs: it is they who close
     return Server(config)
 
 

@@ -216,8 +216,7 @@ def read_manifest(path: Path, digest: str | None = None) -> tuple[Manifest, str]
     with opening(MANIFEST, *UNREADABLE):
         require(path.is_dir(), f"{path}: no such directory")
         file = path / MANIFEST
-        is_plain = file.is_file() and not file.is_symlink()
-        require(is_plain, f"{MANIFEST}: missing in {path}, or not a plain file")
+        require(file.is_file() and not file.is_symlink(), f"{MANIFEST}: missing in {path}, or not a plain file")
         size = file.stat().st_size
         require(size <= MANIFEST_BYTES, f"{MANIFEST}: has {size} bytes; allowed are {MANIFEST_BYTES}")
         raw = file.read_bytes()

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from app import wire
-from app.bundle import Generation, load
+from app.bundle import Generation, Id, load
 from app.control.deadline import Deadline
 from app.control.quality import FLOOR
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
@@ -51,7 +51,7 @@ class Answered:
 
     query: Query
     ranking: Ranking
-    ids: list[int | str]
+    ids: list[Id]
     users_s: float
 
 
@@ -135,8 +135,8 @@ class Service:
             _, digest = await asyncio.to_thread(read_manifest, path)
             held = {one.generation.digest: role for role, one in self.held.items() if role != "previous"}
             if (role := held.get(digest, "")) == "":
-                generation = await asyncio.to_thread(load, path, is_verified=True)
-                self._hold(role := "candidate", await self._open(generation))
+                opened = await self._open(await asyncio.to_thread(load, path, is_verified=True))
+                self._hold(role := "candidate", opened)
             self.loading["state"] = "ready"
             if self.activates and role != "serving":
                 self.switch_to(role)

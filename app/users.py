@@ -11,19 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from app.bundle import NO_ROW, Generation
+from app.bundle import NO_ROW, Generation, Id
 from app.errors import FieldError, InvalidRequest, shown
 from app.features import FieldSpec
 from app.flow import Array, Person, sealed
 
 
 def resolve(
-    user_id: int | str | None,
-    sent: list[int | str] | None,
-    features: Mapping[str, Any],
-    generation: Generation,
-    *,
-    is_late: bool = False,
+    user_id: Id | None, sent: list[Id] | None, features: Mapping[str, Any], generation: Generation, *, is_late: bool
 ) -> tuple[Person, int]:
     """With the history and the features (by schema key) that were sent; how many of its items the catalogue lacks.
 
@@ -52,8 +47,7 @@ def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> di
         if spec := specs.get(f"user.{name}"):
             fields[f"user.{name}"] = np.asarray(table[row], spec.dtype).reshape(1, *spec.shape)
     for key, value in features.items():
-        where = re.sub(r"^user\.", "user.features.", key)
-        fields[key] = field_value(where, key, value, generation)
+        fields[key] = field_value(re.sub(r"^user\.", "user.features.", key), key, value, generation)
     return fields
 
 

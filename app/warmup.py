@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,19 @@ def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
 
     is_yielding: three quarters of the time are left to those who are served meanwhile.
     """
-    timed = partial(_timed, YIELDED if is_yielding else 0.0)
+
+    def timed(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+        started = time.monotonic()
+        done = work(*given)
+        seconds = time.monotonic() - started
+        time.sleep(YIELDED * seconds if is_yielding else 0.0)
+        return seconds, done
+
     generation = funnel.generation
     width = min(generation.manifest.funnel.retrieve, generation.n_items)
+    widths = (max(1, width // 4), width)
     queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]
     queries = [query for query in queries if query.candidates is None]
-    widths = (max(1, width // 4), width)
     for _ in range(MEASURED_TWICE) if queries else ():  # the first round warms up
         searches = {n: [timed(funnel.retrieval.search, q, n) for q in queries] for n in widths}
         wide = [(q, found) for q, (_, found) in zip(queries, searches[width], strict=True)]
@@ -61,14 +67,6 @@ def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
         for stage, took in ((funnel.retrieval, searches), (funnel.preranking, scorings)):
             narrow, full = ((n, float(np.median([s for s, _ in took[n]]))) for n in widths)
             stage.cost = fitted(narrow, full)
-
-
-def _timed(yielded: float, work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
-    started = time.monotonic()
-    done = work(*given)
-    seconds = time.monotonic() - started
-    time.sleep(yielded * seconds)
-    return seconds, done
 
 
 async def prove(generation: Generation) -> None:

@@ -48,8 +48,7 @@ class Cost:
         log scale <- log scale + step · quantile          if it was slower than estimated
                      log scale - step · (1 - quantile)    otherwise
         """
-        is_slower = seconds > self.seconds(n)
-        moved = self.log_scale + STEP * (QUANTILE if is_slower else QUANTILE - 1)
+        moved = self.log_scale + STEP * (QUANTILE if seconds > self.seconds(n) else QUANTILE - 1)
         self.log_scale = min(LARGEST, max(-LARGEST, moved))
 
 

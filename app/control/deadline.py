@@ -23,7 +23,7 @@ class Deadline:
         """Seconds a stage may still take whose budget ends at `share` of the timeout.
 
         `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
-        never more than a fifth of the timeout, else a short timeout would leave no time at all.
+        never more than three tenths of the timeout, else a short timeout would leave no time at all.
         """
-        end = min(self.started_at + share * self.timeout_s, self.at - min(reserve_s, 0.2 * self.timeout_s))
+        end = min(self.started_at + share * self.timeout_s, self.at - min(reserve_s, 0.3 * self.timeout_s))
         return max(0.0, end - now)

@@ -73,8 +73,7 @@ class Retrieval:
 
     def embed(self, query: Query) -> F32:
         """The user tower's output, f32[d]."""
-        inputs = self.generation.manifest.features.user_tower
-        feeds = request_inputs(inputs, self.generation.tables, query.person)
+        feeds = request_inputs(self.generation.manifest.features.user_tower, self.generation.tables, query.person)
         user = np.asarray(run_model(self.generation.user_tower, feeds), np.float32).reshape(-1)
         if user.shape != (self.generation.d,) or not np.isfinite(user).all():
             raise StageFailed("the user tower's output is not a finite embedding")
@@ -82,8 +81,7 @@ class Retrieval:
 
     def _candidates(self, rows: Rows, scores: Scores, origin: Origin, user: F32) -> Candidates:
         origins = np.full(len(rows), origin, np.uint32)
-        rows = np.array(rows, np.int64)
-        return Candidates(sealed(rows), sealed(scores), sealed(origins), sealed(user))
+        return Candidates(sealed(np.array(rows, np.int64)), sealed(scores), sealed(origins), sealed(user))
 
     # ------------------------------------------------------------------------------------- search
 
@@ -92,8 +90,7 @@ class Retrieval:
         if query.filters:
             eligible = self._matching(query.filters, slice(None))
             eligible[excluded] = False
-            n_eligible = np.count_nonzero(eligible)
-            if n_eligible > max(EXACT_ROWS, width):
+            if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
                 found = self._search_index(user, width, eligible)
                 if len(found[0]) == width:
                     return found
@@ -123,9 +120,7 @@ class Retrieval:
             return faiss.SearchParameters(sel=selector)
         if self.retriever.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(search["efSearch"], n_fetched), sel=selector)
-        if selector is None:
-            return self.plain_ivf
-        return faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
+        return self.plain_ivf if selector is None else faiss.SearchParametersIVF(nprobe=search["nprobe"], sel=selector)
 
     def _search_exactly(self, rows: Rows, user: F32, width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)

@@ -9,23 +9,20 @@ import numpy as np
 from app.flow import Outcome, Query, Ranking, RequestScope, Scored, Stage, sealed
 
 
-class Selection:
-    """Scored → Ranking of min(k, candidates) items."""
-
-    def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
-        """The k best by value; non-finite values sink to the end, ties break by row."""
-        best = fine.top(query.k)
-        return Ranking(
-            rows=best.candidates.rows,
-            scores=best.scores,
-            values=best.scores,
-            stages=best.scored_by,
-            propensities=sealed(np.ones(len(best), np.float64)),
-            generation=scope.generation,
-            degradations=tuple(scope.degradations),
-            reports=tuple(scope.reports),
-            empty_reason=None if len(best) else _why_empty(scope, query),
-        )
+def select(scope: RequestScope, query: Query, fine: Scored) -> Ranking:
+    """The min(k, candidates) best by value; non-finite values sink to the end, ties break by row."""
+    best = fine.top(query.k)
+    return Ranking(
+        rows=best.candidates.rows,
+        scores=best.scores,
+        values=best.scores,
+        stages=best.scored_by,
+        propensities=sealed(np.ones(len(best), np.float64)),
+        generation=scope.generation,
+        degradations=tuple(scope.degradations),
+        reports=tuple(scope.reports),
+        empty_reason=None if len(best) else _why_empty(scope, query),
+    )
 
 
 def _why_empty(scope: RequestScope, query: Query) -> str:

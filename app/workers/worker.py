@@ -98,8 +98,7 @@ class Worker:
     def warm_up(self) -> None:
         """Run the model at a few widths, on the first items and a person nothing is known of."""
         n_items, d = self.model.tables["embedding"].shape
-        fields = {key: spec.filled() for key, spec in self.features.fields.items()}
-        person = Person(np.empty(0, np.int64), fields)
+        person = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in self.features.fields.items()})
         took = []
         for n in WARM_UP:
             rows, started = np.arange(min(n, n_items)), time.monotonic()

@@ -21,7 +21,7 @@ def test_the_reserve_is_kept_back_from_the_last_stage():
 
 
 def test_the_reserve_takes_no_more_than_a_fifth_of_a_short_timeout():
-    assert Deadline(0.0, 0.01).limit(share=1.0, now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.2 * 0.01)
+    assert Deadline(0.0, 0.01).limit(share=1.0, now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.3 * 0.01)
 
 
 def test_a_reserve_does_not_shorten_a_budget_that_ends_before_it():

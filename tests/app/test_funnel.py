@@ -15,7 +15,7 @@ from app.control.deadline import Deadline
 from app.errors import ContractError, DeadlineMissed, StageFailed
 from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, best_first, sealed
 from app.funnel import Funnel, offline_funnel, require_full
-from app.stages.selection import Selection
+from app.stages import selection
 from app.warmup import offline_query, rank_offline
 from tests import world
 
@@ -540,8 +540,10 @@ async def test_a_scorer_keeps_length_and_order(funnel, ask, name, make):
 
 
 def changed(**columns):
+    whole = selection.select
+
     def select(scope, query, fine) -> Ranking:
-        return replace(Selection().select(scope, query, fine), **columns)
+        return replace(whole(scope, query, fine), **columns)
 
     return select
 
@@ -560,8 +562,8 @@ def changed(**columns):
     ],
     ids=["too few", "twice", "no candidate", "never shown", "too sure", "nan", "fewer propensities", "fewer scores"],
 )
-async def test_selection_shows_min_k_candidates_each_once_with_a_propensity(funnel, ask, columns):
-    funnel.selection.select = changed(**{name: sealed(a) for name, a in columns.items()})
+async def test_selection_shows_min_k_candidates_each_once_with_a_propensity(funnel, ask, columns, monkeypatch):
+    monkeypatch.setattr(selection, "select", changed(**{name: sealed(a) for name, a in columns.items()}))
     with pytest.raises(ContractError, match="selection"):
         await rank_offline(funnel, ask())
 
