@@ -8,9 +8,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and faiss: one request, one core
 
-import argparse
 import asyncio
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from app.bundle import Generation, load
@@ -22,9 +22,7 @@ from app.warmup import prove
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m app", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="run the service")
     check = commands.add_parser("check", help="verify a bundle")

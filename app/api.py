@@ -33,9 +33,8 @@ log = logging.getLogger("winnow.request")
 def routes(service: Service) -> APIRouter:
     """The ranking port."""
     router = APIRouter()
-    responses: dict[int | str, dict[str, Any]] = {
-        code: {"description": why, "content": _content(Problem, PROBLEM)} for code, why in WHY_NOT.items()
-    }
+    said = _content(Problem, PROBLEM)
+    responses: dict[int | str, Any] = {code: {"description": why, "content": said} for code, why in WHY_NOT.items()}
     headers = {"X-Request-Id": {"schema": {"type": "string"}}}
     responses[200] = {"description": "ranked", "content": _content(wire.RankResponse), "headers": headers}
     request_body = {"required": True, "content": _content(wire.RankRequest)}

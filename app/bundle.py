@@ -26,8 +26,8 @@ from pydantic import Field, TypeAdapter
 from app.binding import check_graph, check_names
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
-from app.flow import F32, Array, Mask, Rows, sealed
-from app.manifest import INDEX_KINDS, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
+from app.flow import F32, Array, Arrays, Rows, sealed
+from app.manifest import INDEX_CLASSES, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
 Id = int | str  # external, as in ids.npy
@@ -52,23 +52,18 @@ class Ids:
 
     def rows(self, wanted: Sequence[Id]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
-        fits = self._fits(wanted)
+        # Whether the table's type can hold them: ten thousand take a millisecond.
+        if self.is_text:  # numpy drops trailing NULs from text
+            width = self.ids.dtype.itemsize // 4
+            fits = np.array([isinstance(w, str) and len(w) <= width and "\0" not in w for w in wanted], np.bool_)
+        else:  # a bool is an int, and no id
+            fits = np.array([type(w) is int and self.low <= w <= self.high for w in wanted], np.bool_)
         blank: Id = "" if self.is_text else 0
         known = wanted if fits.all() else [w if fit else blank for w, fit in zip(wanted, fits, strict=True)]
         keys = np.array(known, self.ids.dtype)  # in the table's own type: for another, all ids would be converted
         at = np.minimum(np.searchsorted(self.ids, keys, sorter=self.order), len(self.ids) - 1)
         rows = np.asarray(self.order[at], np.int64)
         return np.where((self.ids[rows] == keys) & fits, rows, NO_ROW)
-
-    def _fits(self, wanted: Sequence[Id]) -> Mask:
-        """bool[n]: ids that the table's type can hold. Ten thousand take a millisecond."""
-        if self.is_text:
-            width = self.ids.dtype.itemsize // 4
-            # numpy drops trailing NULs from text
-            fits = [isinstance(w, str) and len(w) <= width and "\0" not in w for w in wanted]
-        else:
-            fits = [type(w) is int and self.low <= w <= self.high for w in wanted]  # a bool is an int, and no id
-        return np.array(fits, np.bool_)
 
     def external(self, rows: Rows) -> list[Id]:
         """The external ids of these rows."""
@@ -129,9 +124,7 @@ class Generation:
         return tuple(n for n, t in self.tables.items() if n != "embedding" and t.dtype.kind in "iuf" and t.ndim <= 2)
 
 
-def run_model(
-    session: ort.InferenceSession, feeds: Mapping[str, Array], options: ort.RunOptions | None = None
-) -> Array:
+def run_model(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> Array:
     """The first output of the graph. Raises StageFailed for whatever the runtime raises."""
     try:
         return session.run(None, dict(feeds), options)[0]  # type: ignore[no-any-return]
@@ -246,7 +239,7 @@ def _index(path: Path, manifest: Manifest) -> faiss.Index:
         # any, which FAISS would map to be written; with the second flag it refuses them.
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_ONDISK_SAME_DIR)
     found = type(index).__name__
-    require(found.startswith(INDEX_KINDS[kind][0]), f"{name}: is a FAISS {found}, the manifest says {kind}")
+    require(found.startswith(INDEX_CLASSES[kind]), f"{name}: is a FAISS {found}, the manifest says {kind}")
     return index
 
 

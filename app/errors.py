@@ -99,7 +99,7 @@ class BundleError(ServerError):
     """A bundle that must not be served. The message is one sentence that names the file."""
 
 
-def require(is_so: bool, sentence: str, otherwise: type[WinnowError] = BundleError) -> None:
+def require(is_so: bool, sentence: str, otherwise: type[Exception] = BundleError) -> None:
     """What must hold. Raises an error with this sentence; by default what a bundle must fulfil to be served."""
     if not is_so:
         raise otherwise(sentence)

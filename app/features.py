@@ -10,7 +10,7 @@ a first axis of 1 (`per: request`) or n (`per: item`, `per: pair`). f16 tables a
 as i64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.flow import F32, Array, Candidates, Person, Rows
+from app.flow import F32, Array, Arrays, Candidates, Person, Rows
 from app.settings import Limits
 
-Tables = Mapping[str, Array]  # item tables by name, each [N, ...]
+Tables = Arrays  # item tables by name, each [N, ...]
 
 HISTORY_FEATURES = ("history_max", "history_mean", "history_last", "history_overlap", "history_gap")  # of a table
 HISTORY_READ = 50  # items that history_* features look at; more changes nothing measurable on MovieLens
@@ -126,16 +126,12 @@ class FeatureSchema(Strict):
     re_ranker: tuple[ModelInput, ...]
     pre_ranker: tuple[str, ...]
 
-    @property
-    def inputs(self) -> tuple[ModelInput, ...]:
-        return self.user_tower + self.re_ranker
-
     @cached_property
     def fields(self) -> dict[str, FieldSpec]:
         """Every field by its key; what only the pre-ranker reads is one float32."""
         sent = tuple(f"{prefix}." for prefix in FIELD_PREFIX.values())
         of_pre_ranker = {name: FieldSpec() for name in self.pre_ranker if name.startswith(sent)}
-        return of_pre_ranker | {i.key: i for i in self.inputs if i.field}
+        return of_pre_ranker | {i.key: i for i in self.user_tower + self.re_ranker if i.field}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +144,7 @@ class Inputs:
     tables: Tables
     person: Person
     candidates: Candidates
-    candidate_fields: Mapping[str, Array]
+    candidate_fields: Arrays
 
 
 def read_rows(tables: Tables, table: str, rows: Rows) -> Array:

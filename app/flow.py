@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from app.control.deadline import Deadline
 
 Array = NDArray[Any]
+Arrays = Mapping[str, NDArray[Any]]
 Rows = NDArray[np.int64]
 Positions = NDArray[np.intp]  # in columns, where rows are numbers in the catalogue
 F32 = NDArray[np.float32]
@@ -91,7 +92,7 @@ class Person:
     """
 
     history: Rows
-    fields: Mapping[str, Array]
+    fields: Arrays
     is_known: bool = False
     is_late: bool = False
 
@@ -126,7 +127,7 @@ class Query:
     filters: tuple[Filter, ...] = ()
     exclude: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     candidates: Rows | None = None
-    candidate_fields: Mapping[str, Array] = field(default_factory=dict)
+    candidate_fields: Arrays = field(default_factory=dict)
     rerank_count: int | None = None
     is_strict: bool = False
     ignored: Mapping[str, int] = field(default_factory=dict)

@@ -60,10 +60,8 @@ class FunnelStage(Protocol[Given, Output]):
 class Funnel:
     """The funnel over one generation. `threads` run all that needs no worker; `scorer` runs the deep model."""
 
-    def __init__(
-        self, generation: Generation, scorer: ShardScorer, threads: Executor, reply_reserve_s: float = 0.0
-    ) -> None:
-        self.generation, self.threads, self.reply_reserve_s = generation, threads, reply_reserve_s
+    def __init__(self, generation: Generation, scorer: ShardScorer, threads: Executor, reserve_s: float = 0) -> None:
+        self.generation, self.threads, self.reserve_s = generation, threads, reserve_s
         self.retrieval = Retrieval(generation)
         self.preranking = Preranking(generation)
         self.reranking = Reranking(generation, scorer)
@@ -89,7 +87,7 @@ class Funnel:
 
         budgets = self.generation.manifest.funnel.budgets
         share = max(budgets.retrieval, budgets.preranking)
-        limit_s = deadline.limit(share, time.monotonic(), self.reply_reserve_s)
+        limit_s = deadline.limit(share, time.monotonic(), self.reserve_s)
         # One hop for all of it: between three a request would wait three times for the interpreter.
         work = asyncio.get_running_loop().run_in_executor(self.threads, _outcome_of, narrow)
         try:
@@ -120,7 +118,7 @@ class Funnel:
         """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
         started, fault = time.monotonic(), None
         share = getattr(self.generation.manifest.funnel.budgets, stage.stage.label)
-        budget_s = scope.deadline.limit(share, started, self.reply_reserve_s)
+        budget_s = scope.deadline.limit(share, started, self.reserve_s)
         wanted, until = stage.wanted(scope, query, given), started + budget_s
         kept = scope.keep if query.candidates is None else wanted  # the caller's own candidates are all kept
         least = kept if stage.stage is Stage.RETRIEVAL else 0
@@ -189,9 +187,7 @@ def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_
     # A catalogue may have fewer items than are wanted of retrieval.
     if done >= wanted or (stage is Stage.RETRIEVAL and not narrowing):
         return Outcome.OK if wanted else Outcome.SKIPPED
-    if done:
-        return Outcome.PARTIAL
-    return Outcome.LATE if is_late else Outcome.FAILED
+    return Outcome.PARTIAL if done else Outcome.LATE if is_late else Outcome.FAILED
 
 
 # ------------------------------------------------------------------------------------------ contracts
@@ -211,11 +207,7 @@ def _check_output(given: object, output: Candidates | Scored, n_items: int) -> N
         require(output.candidates is candidates, f"{label}: a scorer keeps its candidates", ContractError)
         is_whole = output.scores.shape == output.scored_by.shape == (len(output.candidates),)
         is_whole &= output.scores.dtype == np.float32
-        require(
-            is_whole and output.scores.dtype == np.float32,
-            f"{label}: a float32 score for each candidate",
-            ContractError,
-        )
+        require(is_whole, f"{label}: a float32 score for each candidate", ContractError)
 
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:

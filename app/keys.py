@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.errors import NotAllowed, NotAuthenticated
+from app.errors import NotAllowed, NotAuthenticated, require
 from app.settings import SettingsError
 
 RIGHTS = ("rank", "events")
@@ -37,8 +37,7 @@ class Keys:
         held = self.rights.get(hashlib.sha256(key.strip().encode()).hexdigest())
         if held is None:
             raise NotAuthenticated("the key is not known")
-        if right not in held:
-            raise NotAllowed(f"the key lacks the right {right!r}")
+        require(right in held, f"the key lacks the right {right!r}", NotAllowed)
 
 
 def read_keys(file: Path | None) -> Keys:
@@ -61,6 +60,5 @@ def read_keys(file: Path | None) -> Keys:
         if not held or held - set(RIGHTS):
             raise SettingsError(f"{where}: rights must be of {', '.join(RIGHTS)}, separated by commas")
         rights[words[0].lower()] = held
-    if not rights:
-        raise SettingsError(f"{file}: holds no key")
+    require(bool(rights), f"{file}: holds no key", SettingsError)
     return Keys(rights)

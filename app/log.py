@@ -22,9 +22,8 @@ class Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower(), "logger": record.name}
-        line["message"] = (
-            record.getMessage().encode(errors="backslashreplace").decode()
-        )  # names of files may be no text
+        # Names of files may be no text.
+        line["message"] = record.getMessage().encode(errors="backslashreplace").decode()
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)

@@ -42,13 +42,9 @@ class Recall(Strict):
     n_queries: int
 
 
-# kind → FAISS's name of the class (its beginning), and the parameters of a search
-INDEX_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "flat": ("IndexFlat", ()),
-    "hnsw": ("IndexHNSW", ("efSearch",)),
-    "ivf_sq8": ("IndexIVFScalarQuantizer", ("nprobe",)),
-    "ivf_pq": ("IndexIVFPQ", ("nprobe",)),
-}
+# kind → FAISS's name of the class (its beginning); kind → the parameter of a search
+INDEX_CLASSES = {"flat": "IndexFlat", "hnsw": "IndexHNSW", "ivf_sq8": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
+SEARCH = {"flat": set[str](), "hnsw": {"efSearch"}, "ivf_sq8": {"nprobe"}, "ivf_pq": {"nprobe"}}
 
 
 class Retriever(Strict):
@@ -69,9 +65,12 @@ class Retriever(Strict):
 
     @model_validator(mode="after")
     def _has_its_parameters(self) -> "Retriever":
-        needed = set(INDEX_KINDS[self.kind][1])
-        if set(self.search) != needed:
-            raise ValueError(f"an index of kind {self.kind} has the parameters {needed or 'none'}")
+        needed = SEARCH[self.kind]
+        require(
+            set(self.search) == needed,
+            f"an index of kind {self.kind} has the parameters {needed or 'none'}",
+            ValueError,
+        )
         return self
 
 
@@ -93,6 +92,11 @@ class FunnelConfig(Strict):
     budgets: Budgets = Budgets()
 
 
+def rises(values: tuple[float, ...]) -> bool:
+    """Whether each of them is more than the one before."""
+    return bool(np.all(np.diff(values) > 0))
+
+
 class Knots(Strict):
     """A rising piecewise-linear function; beyond its ends it goes on with the slope of the end pieces."""
 
@@ -101,8 +105,8 @@ class Knots(Strict):
 
     @model_validator(mode="after")
     def _rises(self) -> "Knots":
-        if not (len(self.x) == len(self.y) and np.all(np.diff(self.x) > 0) and np.all(np.diff(self.y) > 0)):
-            raise ValueError("calibration knots must be as many x as y, strictly rising")
+        is_rising = len(self.x) == len(self.y) and rises(self.x) and rises(self.y)
+        require(is_rising, "calibration knots must be as many x as y, strictly rising", ValueError)
         return self
 
     @cached_property
@@ -143,8 +147,8 @@ class LossCurve(Strict):
 
     @model_validator(mode="after")
     def _rises(self) -> "LossCurve":
-        if len(self.x) != len(self.y) or not np.all(np.diff(self.x) > 0) or not np.all(np.diff(self.y) >= 0):
-            raise ValueError("loss curves must be as many x as y, x strictly rising, y never falling")
+        is_rising = len(self.x) == len(self.y) and rises(self.x) and bool(np.all(np.diff(self.y) >= 0))
+        require(is_rising, "loss curves must be as many x as y, x strictly rising, y never falling", ValueError)
         return self
 
 
@@ -173,13 +177,12 @@ class LossTable(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "LossTable":
-        if self.edges[:1] != (0,) or not np.all(np.diff(self.edges) > 0):
-            raise ValueError("loss edges must rise strictly from 0")
+        require(self.edges[:1] == (0,) and rises(self.edges), "loss edges must rise strictly from 0", ValueError)
         for family in (self.retrieval, self.preranking, self.popular):
-            if len(family.shares) != len(family.curves) or not np.all(np.diff(family.shares) > 0):
-                raise ValueError("loss shares must rise strictly, one a curve")
-            if any(len(curve.weights) != len(self.edges) - 1 for curve in family.curves):
-                raise ValueError("loss weights must be one a band")
+            is_rising = len(family.shares) == len(family.curves) and rises(family.shares)
+            require(is_rising, "loss shares must rise strictly, one a curve", ValueError)
+            n_weights = {len(curve.weights) for curve in family.curves}
+            require(n_weights == {len(self.edges) - 1}, "loss weights must be one a band", ValueError)
         return self
 
 

@@ -59,10 +59,8 @@ class Metrics:
         self.shard_seconds = add(Histogram, "shard_seconds", "Time of a shard in the model.", SECONDS)
         self.shards = add(Counter, "shards", "Shards by outcome.", outcome=SHARD_OUTCOMES)
         self.rows = add(Counter, "rows", "Rows sent to workers: first, as hedges, after a death.", work=WORK)
-        self.degraded = add(
-            Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS
-        )
-        self.degraded.labels(USER_LATE.stage.label, USER_LATE.reason)
+        self.lost = add(Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS)
+        self.lost.labels(USER_LATE.stage.label, USER_LATE.reason)
         self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
         self.admission_limit = add(Gauge, "admission_limit", "Permits there are.")
         self.quality = add(Gauge, "quality", "Share of its configured width the funnel runs at.")
@@ -98,7 +96,7 @@ class Metrics:
             if report.stage is Stage.RERANKING and report.outcome is not Outcome.SKIPPED:
                 self.coverage.observe(report.done / report.wanted)
         for d in ranking.degradations:
-            self.degraded.labels(d.stage.label, d.reason).inc()
+            self.lost.labels(d.stage.label, d.reason).inc()
         for scored_by, score in zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False):
             if math.isfinite(score):  # one NaN would make the histogram's sum NaN for good
                 self.of_score[scored_by].observe(score)
@@ -126,7 +124,7 @@ class Metrics:
             rss.add_metric([str(worker)], resident_bytes(pid))
         workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
-            workers.add_metric([state], pool.count(state) if pool else 0)
+            workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)
         info = GaugeMetricFamily("winnow_generation_info", "Generations held.", labels=["role", "digest"])
         age = GaugeMetricFamily("winnow_generation_age_seconds", "Since it was loaded.", labels=["role"])
         for role, one in self.held.items():

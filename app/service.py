@@ -19,7 +19,7 @@ from app import wire
 from app.bundle import Generation, Id, load
 from app.control.deadline import Deadline
 from app.control.quality import FLOOR
-from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError
+from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError, require
 from app.flow import Query, Ranking
 from app.funnel import Funnel
 from app.gate import Gate, Phase
@@ -119,12 +119,9 @@ class Service:
 
     def offer(self, path: Path, *, activate: bool) -> None:
         """Begin to load a bundle aside; `loading` tells how it goes. Raises NotThere, Conflict, CapacityError."""
-        if self.gate.phase is not Phase.SERVING:
-            raise CapacityError(f"the service is {self.gate.phase.value}")
-        if self.loading.get("state") == "loading":
-            raise Conflict(f"{self.loading['path']} is being loaded")
-        if not path.is_dir():
-            raise NotThere(f"{path}: no such directory")
+        require(self.gate.phase is Phase.SERVING, f"the service is {self.gate.phase.value}", CapacityError)
+        require(self.loading.get("state") != "loading", f"{self.loading.get('path')} is being loaded", Conflict)
+        require(path.is_dir(), f"{path}: no such directory", NotThere)
         self.loading = {"path": str(path), "state": "loading", "error": None}
         self.activates = activate
         self._keep(asyncio.create_task(self._load(path), name="load"))
@@ -150,8 +147,7 @@ class Service:
 
         Who served is the previous one from now on. Raises Conflict if there is none of this role.
         """
-        if role not in self.held:
-            raise Conflict(f"no {role} generation is held")
+        require(role in self.held, f"no {role} generation is held", Conflict)
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from app import users
 from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
-from app.flow import LABELS, Array, Filter, Query, Ranking, Rows, Stage, sealed
+from app.flow import LABELS, Array, Arrays, Filter, Query, Ranking, Rows, Stage, sealed
 from app.settings import Limits
 
 SHOWN_ERRORS = 20
@@ -236,9 +236,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     )
 
 
-def _candidates(
-    sent: Sequence[int | str | CandidatePart] | None, generation: Generation
-) -> tuple[Rows | None, dict[str, Array], int]:
+def _candidates(sent: Sequence[Id | CandidatePart] | None, generation: Generation) -> tuple[Rows | None, Arrays, int]:
     """Rows, each once, in the order sent; their features by schema key; how many were left out."""
     if sent is None:
         return None, {}, 0

@@ -15,15 +15,11 @@ class Deadline:
     started_at: float
     timeout_s: float
 
-    @property
-    def at(self) -> float:
-        return self.started_at + self.timeout_s
-
     def limit(self, share: float, now: float, reserve_s: float) -> float:
         """Seconds a stage may still take whose budget ends at `share` of the timeout.
 
         `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
         never more than three tenths of the timeout, else a short timeout would leave no time at all.
         """
-        end = min(self.started_at + share * self.timeout_s, self.at - min(reserve_s, 0.3 * self.timeout_s))
-        return max(0.0, end - now)
+        most_s = self.timeout_s - min(reserve_s, 0.3 * self.timeout_s)
+        return max(0.0, self.started_at + min(share * self.timeout_s, most_s) - now)

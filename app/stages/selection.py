@@ -30,6 +30,4 @@ def _why_empty(scope: RequestScope, query: Query) -> str:
         return "none of the candidates is known and left by filters and exclusions"
     if any(r.stage is Stage.RETRIEVAL and r.outcome in (Outcome.LATE, Outcome.FAILED) for r in scope.reports):
         return "retrieval fell back on popular items, and filters and exclusions leave none of them"
-    if query.filters:
-        return "no item satisfies the filters and is not excluded"
-    return "every item is excluded"
+    return "no item satisfies the filters and is not excluded" if query.filters else "every item is excluded"

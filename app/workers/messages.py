@@ -11,14 +11,14 @@ a bundle's fields is written here; each frame names the bundle's generation.
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import orjson
 
-from app.flow import Array, Candidates, Person, Scores
+from app.flow import Array, Arrays, Candidates, Person, Scores
 from app.workers.scoring import Shard
 
 FORMAT = 3
@@ -118,7 +118,7 @@ def read_shard(payload: bytes, now: float) -> Shard:
     return Shard(Person(history, arrays), candidates, sent, now + remaining_us / 1e6)
 
 
-def write_arrays(arrays: Mapping[str, Array]) -> bytes:
+def write_arrays(arrays: Arrays) -> bytes:
     """Named arrays: the length of the JSON that describes them, the JSON, then their little-endian bytes in turn."""
     wire = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in arrays.items()}
     described = orjson.dumps([(name, array.dtype.str, array.shape) for name, array in wire.items()])

@@ -69,6 +69,7 @@ class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
     offset: the first row that it was given of its job. owes: what it must answer within so many looks.
+    state: alive, starting, or backing_off (waiting to be started again).
     row_s: what a row took it lately; one that isn't used is slowly forgiven.
     """
 
@@ -125,10 +126,6 @@ class WorkerPool:
     def pids(self) -> dict[int, int]:
         """Process ids of the living workers, by worker number."""
         return {w.number: w.process.pid or 0 for w in self.ready}
-
-    def count(self, state: str) -> int:
-        """How many workers are alive, starting, or backing_off (waiting to be started again)."""
-        return sum(w.state == state for w in self.workers)
 
     def fits(self, budget_s: float) -> int:
         """After the rows that wait already. With no worker alive everything: re-ranking is to say what is wrong."""

@@ -6,7 +6,7 @@ could take their place.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from app.bundle import run_model
 from app.control.costs import Estimate
 from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
-from app.flow import Array, Candidates, Person, Scores
+from app.flow import Array, Arrays, Candidates, Person, Scores
 
 Deliver = Callable[[int, Scores], None]  # the first row of a slice in its shard, and the slice's scores
 
@@ -28,7 +28,7 @@ class Shard:
 
     person: Person
     candidates: Candidates
-    candidate_fields: Mapping[str, Array]
+    candidate_fields: Arrays
     until: float
 
     def part(self, start: int, stop: int | None = None) -> "Shard":
@@ -62,9 +62,7 @@ class ShardModel:
         """What the model gets once a request, to be handed to `score` with each of its slices."""
         return request_inputs(self.inputs, self.tables, person)
 
-    def score(
-        self, shard: Shard, request: Mapping[str, Array] | None = None, options: ort.RunOptions | None = None
-    ) -> Scores:
+    def score(self, shard: Shard, request: Arrays | None = None, options: ort.RunOptions | None = None) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
         given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
         request = self.request_inputs(shard.person) if request is None else request
