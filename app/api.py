@@ -23,6 +23,7 @@ from app import errors, wire
 from app.flow import Ranking, Stage
 from app.funnel import require_full
 from app.gate import Phase
+from app.keys import require_key
 from app.problems import PROBLEM, WHY_NOT, Problem, problem, request_id_of
 from app.service import Answered, Service, Serving
 from app.settings import Limits
@@ -120,7 +121,7 @@ def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
         return None
     request = Request(scope)
     try:
-        service.keys.require(request.headers.get("authorization"), "rank")
+        require_key(service.keys, request.headers.get("authorization"), "rank")
     except errors.ClientError:
         return None
     if service.gate.has_room() or b'"priority"' in body:
@@ -137,7 +138,7 @@ async def answer(request: Request, service: Service) -> Response:
     service.gate.coming -= request.scope.get("winnow.coming", 0)
     request_id, answered = request_id_of(request.headers), None
     try:
-        service.keys.require(request.headers.get("authorization"), "rank")
+        require_key(service.keys, request.headers.get("authorization"), "rank")
         sent, schema = await _body(request), wire.RankRequest
         is_large = len(sent) > wire.LARGE_BODY
         asked = await asyncio.to_thread(wire.parse, sent, schema) if is_large else wire.parse(sent, schema)
@@ -219,7 +220,7 @@ def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
         ref_template=SCHEMA,
     )
     components = document["components"] = {"schemas": schemas["$defs"]}
-    if service.keys.are_required:
+    if service.keys is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         operation["security"] = [{"key": []}]
     elif service.serving:  # golden requests come from somebody's log: not for readers without a key

@@ -25,10 +25,7 @@ from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, na
 from app.control.loss import expected_loss
 from app.errors import ContractError, DeadlineMissed, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport
-from app.stages import selection
-from app.stages.preranking import Preranking
-from app.stages.reranking import Reranking
-from app.stages.retrieval import Retrieval
+from app.stages import preranking, reranking, retrieval, selection
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
@@ -62,9 +59,9 @@ class Funnel:
 
     def __init__(self, generation: Generation, scorer: ShardScorer, threads: Executor, reserve_s: float = 0) -> None:
         self.generation, self.threads, self.reserve_s = generation, threads, reserve_s
-        self.retrieval = Retrieval(generation)
-        self.preranking = Preranking(generation)
-        self.reranking = Reranking(generation, scorer)
+        self.retrieval = retrieval.Retrieval(generation)
+        self.preranking = preranking.Preranking(generation)
+        self.reranking = reranking.Reranking(generation, scorer)
 
     async def rank(self, resolve: Resolve, deadline: Deadline, quality: float = 1.0) -> tuple[Query, Ranking]:
         """The query as resolved, and the best min(k, candidates) items for it, in time.

@@ -16,34 +16,30 @@ from app.settings import SettingsError
 RIGHTS = ("rank", "events")
 
 
-class Keys:
-    """Who may do what. Without a file everybody on loopback may do everything."""
-
-    def __init__(self, rights: Mapping[str, frozenset[str]] | None) -> None:
-        self.rights = rights
-
-    @property
-    def are_required(self) -> bool:
-        return self.rights is not None
-
-    def require(self, authorization: str | None, right: str) -> None:
-        """Raises NotAuthenticated without a known key, NotAllowed for a key without this right."""
-        if self.rights is None:
-            return
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            raise NotAuthenticated("send a key: Authorization: Bearer KEY")
-        # Comparing digests of what was sent leaks nothing about the keys by its timing.
-        held = self.rights.get(hashlib.sha256(key.strip().encode()).hexdigest())
-        if held is None:
-            raise NotAuthenticated("the key is not known")
-        require(right in held, f"the key lacks the right {right!r}", NotAllowed)
+Keys = Mapping[str, frozenset[str]]  # digest → rights
 
 
-def read_keys(file: Path | None) -> Keys:
-    """Raises SettingsError that names the line."""
+def require_key(keys: Keys | None, authorization: str | None, right: str) -> None:
+    """Without a file of keys everybody on loopback may do everything.
+
+    Raises: NotAuthenticated without a known key, NotAllowed for a key without this right.
+    """
+    if keys is None:
+        return
+    scheme, _, key = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        raise NotAuthenticated("send a key: Authorization: Bearer KEY")
+    # Comparing digests of what was sent leaks nothing about the keys by its timing.
+    held = keys.get(hashlib.sha256(key.strip().encode()).hexdigest())
+    if held is None:
+        raise NotAuthenticated("the key is not known")
+    require(right in held, f"the key lacks the right {right!r}", NotAllowed)
+
+
+def read_keys(file: Path | None) -> Keys | None:
+    """The rights of each key; None without a file. Raises SettingsError that names the line."""
     if file is None:
-        return Keys(None)
+        return None
     rights: dict[str, frozenset[str]] = {}
     try:
         lines = file.read_text().splitlines()
@@ -61,4 +57,4 @@ def read_keys(file: Path | None) -> Keys:
             raise SettingsError(f"{where}: rights must be of {', '.join(RIGHTS)}, separated by commas")
         rights[words[0].lower()] = held
     require(bool(rights), f"{file}: holds no key", SettingsError)
-    return Keys(rights)
+    return rights

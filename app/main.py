@@ -173,7 +173,7 @@ async def serve(settings: Settings) -> int:
     cutting = asyncio.create_task(cut_off_slow_senders(servers[0], settings.receive_s))
     ports = " and ".join(str(at.getsockname()[1]) for at in listeners)
     logger.info("loading %s; ports %s answer 503", settings.bundle, ports)
-    if not service.keys.are_required:
+    if service.keys is None:
         logger.warning("no WINNOW_API_KEYS_FILE: listening on loopback only (%s), no keys asked", settings.host)
     await asyncio.wait([living, *running], return_when=asyncio.FIRST_COMPLETED)
     living.cancel()

@@ -8,6 +8,7 @@ their timings in their replies.
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,7 +122,9 @@ class Metrics:
         pool = self.held["serving"].pool if "serving" in self.held else None
         rss = GaugeMetricFamily("winnow_worker_rss_bytes", "Resident memory of a worker.", labels=["worker"])
         for worker, pid in pool.pids().items() if pool else ():
-            rss.add_metric([str(worker)], resident_bytes(pid))
+            with suppress(OSError, IndexError):  # it has just ended
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                rss.add_metric([str(worker)], pages * PAGE)
         workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
             workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)
@@ -131,11 +134,3 @@ class Metrics:
             info.add_metric([role, one.generation.digest[:12]], 1)
             age.add_metric([role], time.monotonic() - one.loaded_at)
         return rss, workers, info, age
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident set of a process, 0 if it has just ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    except (OSError, IndexError):
-        return 0
