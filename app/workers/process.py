@@ -5,6 +5,7 @@ swap and after each death; a fork takes milliseconds. The server of forks is the
 the first process and needs a directory for temporary files.
 """
 
+import contextlib
 import multiprocessing
 import os
 
@@ -14,7 +15,8 @@ FORKS.set_forkserver_preload(["app.workers.worker", "app.warmup"])
 
 def yield_to_everybody() -> None:
     """The thread that calls this runs only where a core is idle; it makes way at once, which niceness doesn't."""
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(PermissionError):  # forbidden here: then it is in the way a little
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def start_server() -> None:

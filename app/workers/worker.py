@@ -145,7 +145,7 @@ class Worker:
     def _listen(self) -> None:
         run: Run | None = None
         received = bytearray()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: not of this format; the process ends
             while data := self.connection.recv(AT_ONCE):
                 received += data
                 for asked, payload in read_frames(received):
