@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -90,7 +91,8 @@ class Funnel:
         try:
             query, scope, coarse = await asyncio.wait_for(work, limit_s)
         except TimeoutError:  # a search can't be stopped: it goes on in its thread, unheard
-            query, scope, coarse = await narrow(is_late=True)  # here: another hop would be another wait
+            late = partial(narrow, is_late=True)  # here if it is little work: another hop would be another wait
+            query, scope, coarse = await (late() if so_far else asyncio.to_thread(_outcome_of, late))
         fine = await self.run(self.reranking, scope, query, coarse)
         return query, self.select(scope, query, fine)
 

@@ -41,7 +41,7 @@ class Gate:
         self._is_idle = asyncio.Event()
         metrics.inflight.set_function(lambda: self.inflight)
         metrics.quality.set_function(lambda: self.quality.now(time.monotonic()))
-        metrics.admission_limit.set_function(lambda: self.admission.limit)
+        metrics.admission_limit.set_function(lambda: self.admission.permits)
 
     @asynccontextmanager
     async def permit(self, priority: str) -> AsyncIterator[None]:
@@ -54,7 +54,7 @@ class Gate:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append((priority, turn))
         self._let_in()
-        if len(self.waiting) > max(1.0, QUEUE_SHARE * self.admission.limit):
+        if len(self.waiting) > max(1.0, QUEUE_SHARE * self.admission.permits):
             # Of the lowest priority, who came last.
             _, last = min(reversed(self.waiting), key=lambda waiter: PRIORITY_SHARE[waiter[0]])
             last.cancel()
@@ -81,7 +81,7 @@ class Gate:
 
     def expects(self, floor_s: float) -> None:
         """What stages and workers take for a request at quality's floor; more than fit an SLA are never let in."""
-        self.admission.allow(min(self.most, most_in_time(self.sla_s, floor_s)))
+        self.admission.most = min(self.most, most_in_time(self.sla_s, floor_s))
 
     def finished(self, began_at: float, latency_s: float, extra_s: float) -> None:
         """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top.
@@ -89,7 +89,7 @@ class Gate:
         That it was slow says that the floor isn't enough only if it began when the backlog of better days was gone.
         """
         now = time.monotonic()
-        is_at_floor = self.quality.floored_at + self.sla_s <= began_at
+        is_at_floor = self.quality.is_at_floor(now) and self.quality.floored_at + self.sla_s <= began_at
         self.admission.finished(now, latency_s, self.inflight, is_at_floor=is_at_floor)
         self.quality.finished(now, is_in_time=latency_s + extra_s <= AIM * self.sla_s)
 

@@ -152,7 +152,7 @@ def _listener(settings: Settings, prefix: str) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
         why, name = str(e.strerror).partition(" (")[0].lower(), f"WINNOW_{prefix.upper()}"
-        if e.errno in (socket.EAI_NONAME, socket.EAI_AGAIN, errno.EADDRNOTAVAIL):
+        if (e.errno or 0) < 0 or e.errno == errno.EADDRNOTAVAIL:  # below 0: names that lead nowhere
             raise SettingsError(f"{name}HOST={host}: {why}; it must be an address of this machine") from e
         raise SettingsError(f"{name}PORT={port}: {why} on {host}; choose another port") from e
 

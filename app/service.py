@@ -80,7 +80,11 @@ class Service:
     async def start(self) -> None:
         """Everything until the first request may run. Raises BundleError, ServerError."""
         started = time.monotonic()
-        await asyncio.to_thread(start_server)
+        try:
+            await asyncio.to_thread(start_server)
+        except OSError as e:
+            why = f"workers can't be started: {e.strerror}; a directory for temporary files is needed"
+            raise ServerError(why) from e
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
@@ -151,6 +155,7 @@ class Service:
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
+        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR, self.settings.threads))
         log.info("serving %s", self.held["serving"].generation.name)
 
     def _hold(self, role: str, what: Serving) -> None:
@@ -196,7 +201,7 @@ class Service:
                 users_s = time.monotonic() - started - sum(report.seconds for report in ranking.reports)
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, ranking.extra_s)
-                    self.gate.expects(serving.funnel.seconds(FLOOR, self.settings.threads))
+                self.gate.expects(serving.funnel.seconds(FLOOR, self.settings.threads))
                 self.metrics.ranking(ranking)
                 return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
 

@@ -40,20 +40,21 @@ class Admission:
     def __post_init__(self) -> None:
         self.limit = self.limit or self.most
 
-    def allow(self, most: float) -> None:
-        """At most so many from now on."""
-        self.most, self.limit = most, min(self.limit, most)
+    @property
+    def permits(self) -> float:
+        """The limit in force at quality's floor."""
+        return min(self.limit, self.most)
 
     def may_enter(self, inflight: int, priority: str, *, is_at_floor: bool) -> bool:
         """Whether one more may run. Above quality's floor only the hard limit refuses."""
-        limit = self.limit if is_at_floor else self.most
+        limit = self.permits if is_at_floor else self.most
         return inflight < max(1.0, limit * PRIORITY_SHARE[priority])
 
     def finished(self, now: float, latency_s: float, inflight: int, *, is_at_floor: bool) -> None:
         """A request ended after so many seconds, with so many in flight (itself included)."""
         if latency_s <= COMFORT * self.sla_s:
             if 2 * inflight >= self.limit or not is_at_floor:
-                self.limit = min(self.most, self.limit + 1 / self.limit)
+                self.limit = max(self.limit, min(self.most, self.limit + 1 / self.limit))
         elif is_at_floor and now - self.backed_off_at > self.sla_s:
             share = max(STEEPEST, COMFORT * self.sla_s / latency_s)
             self.limit = max(LOWEST, min(self.limit, inflight) * share)

@@ -1,4 +1,4 @@
-"""The parent's side of the workers: spawns and watches them, hands out shards, brings back slices of scores.
+"""The parent's side of the workers: starts and watches them, hands out shards, brings back slices of scores.
 
 Workers pull: each holds one shard at a time and gets the next when it has answered, so a slow one gets less. A shard
 that is late is sent once more to an idle worker, within a budget (control/hedging.py); the first to end wins, the
@@ -31,7 +31,8 @@ from app.workers.process import FORKS
 from app.workers.scoring import Deliver, Shard
 from app.workers.worker import work
 
-READY_S = 120.0  # for a worker to import, map tables and open the model, yielding to everybody meanwhile
+READY_S = 120.0  # for a worker to map tables and open the model, yielding to everybody meanwhile
+APART_S = 0.02  # between the starts of two workers that yield: the loop waits for each fork, a few milliseconds
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
@@ -135,7 +136,7 @@ class WorkerPool:
         return self.cost.seconds(n / max(self.n_workers, 1))
 
     async def start(self, *, is_yielding: bool = False) -> None:
-        """Spawn all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
+        """Start all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
         self.is_yielding = is_yielding
         self.tasks = [asyncio.create_task(life) for life in (self._watch(), *map(self._keep_alive, self.workers))]
         try:
@@ -231,6 +232,7 @@ class WorkerPool:
     async def _keep_alive(self, worker: _Worker) -> None:
         """One life after the other, without end."""
         n_early_deaths = 0
+        await asyncio.sleep(APART_S * worker.number if self.is_yielding else 0.0)
         while True:
             born = time.monotonic()
             try:
@@ -246,7 +248,7 @@ class WorkerPool:
             await asyncio.sleep(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(n_early_deaths - 1, 20)))
 
     async def _live(self, worker: _Worker) -> None:
-        """Spawn the process, then receive its answers until its socket ends; raises whatever ended it."""
+        """Fork the process, then receive its answers until its socket ends; raises whatever ended it."""
         worker.state = "starting"
         async with AsyncExitStack() as last:  # what is done in the end, in the reverse order
             ours, theirs = socket.socketpair()

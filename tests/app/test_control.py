@@ -20,7 +20,7 @@ def test_the_reserve_is_kept_back_from_the_last_stage():
     assert Deadline(0.0, 1.0).limit(share=1.0, now=0.2, reserve_s=0.1) == pytest.approx(1 - 0.1 - 0.2)
 
 
-def test_the_reserve_takes_no_more_than_a_fifth_of_a_short_timeout():
+def test_the_reserve_takes_no_more_than_three_tenths_of_a_short_timeout():
     assert Deadline(0.0, 0.01).limit(share=1.0, now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.3 * 0.01)
 
 

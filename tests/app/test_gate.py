@@ -157,6 +157,13 @@ async def test_what_began_with_the_backlog_of_better_days_takes_no_permits(gate)
     assert gate.admission.limit < 8
 
 
+async def test_a_slow_request_in_quiet_times_takes_no_permits(gate):
+    gate.quality = Quality()
+    for at in (1.0, 5.0, 9.0):
+        gate.finished(at * SLA_S, 0.7 * SLA_S, extra_s=0.0)
+    assert gate.admission.limit == 8
+
+
 async def test_more_than_an_sla_holds_at_the_floor_are_not_let_in_at_any_quality(gate):
     gate.quality = Quality()
     gate.expects(floor_s=SLA_S)

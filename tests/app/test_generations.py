@@ -94,6 +94,7 @@ async def test_the_candidate_offered_again_serves_and_what_serves_is_not_loaded_
     await offer(admin, other, activate="false")
     await loaded(service)
     candidate, served = service.held["candidate"], service.serving
+    service._open = None  # nothing more is opened
     await offer(admin, bundle)
     await loaded(service)
     assert service.serving is served

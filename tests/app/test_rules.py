@@ -127,8 +127,8 @@ def test_no_more_are_in_flight_than_the_floor_can_answer_in_an_sla():
 
 def test_the_bound_holds_at_the_floor_and_above_it():
     admission = Admission(most=100, sla_s=0.1)
-    admission.allow(20.0)
-    assert admission.limit == 20.0
+    admission.most = 20.0
+    assert admission.permits == 20.0
     for is_at_floor in (True, False):
         assert admission.may_enter(17, "normal", is_at_floor=is_at_floor)
         assert not admission.may_enter(18, "normal", is_at_floor=is_at_floor)
@@ -179,6 +179,15 @@ def test_a_limit_that_is_not_in_use_does_not_rise():
     admission = Admission(most=256, sla_s=0.1, limit=20.0)
     admission.finished(1.0, latency_s=0.001, inflight=9, is_at_floor=True)
     assert admission.limit == 20.0
+
+
+def test_a_bound_that_is_lifted_again_leaves_the_limit_where_it_was():
+    admission = Admission(most=100, sla_s=0.1, limit=50.0)
+    admission.most = 5.0
+    admission.finished(1.0, latency_s=0.001, inflight=5, is_at_floor=False)
+    assert (admission.limit, admission.permits) == (50.0, 5.0)
+    admission.most = 100.0
+    assert admission.permits == 50.0
 
 
 def test_the_limit_never_falls_below_the_least():

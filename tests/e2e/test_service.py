@@ -9,6 +9,7 @@ import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -86,7 +87,8 @@ def test_who_finds_no_room_is_refused_unread_and_its_connection_goes_on(bundle):
 
             with ThreadPoolExecutor(1) as thread:
                 inside = thread.submit(ranks_well, process)  # for 32 rows of 30 ms
-                while b"winnow_inflight 1.0" not in process.call("GET", "/metrics", port=process.admin_port).body:
+                metrics = partial(process.call, "GET", "/metrics", port=process.admin_port)
+                while not inside.done() and b"winnow_inflight 1.0" not in metrics().body:
                     pass
                 while not inside.done():
                     ask()
