@@ -2,8 +2,8 @@
 
 Latency counts from the *intended* instant. A generator that waits for answers, or that counts from the
 instant it got round to sending, hides the stalls it ought to show (coordinated omission). It runs in a process of its
-own that goes before everybody else's, so that nobody's work delays its loop, and reports how late it sent and what CPU
-it used: a run whose generator was late or busy says nothing about the server.
+own, so that nobody else's work delays its loop, and reports how late it sent and what CPU it used: a run whose
+generator was late or busy says nothing about the server.
 
 It is bounded in requests (the instants are drawn beforehand), in time (`patience_s` after the last) and in
 connections. What came back is observed.py's and parsed after the run; what is
@@ -116,19 +116,12 @@ def _generate(answers: Connection, what: Attack) -> None:
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection would be a stall of ours in the server's latency; the run is bounded
-        go_first()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             observed, raw = runner.run(fly(what, answers.send))
         parse(observed, raw)
         answers.send(observed)
     except Exception as e:
         answers.send(f"{type(e).__name__}: {e}")
-
-
-def go_first() -> None:
-    """This process's turn comes before everybody's, as if it ran on a machine of its own; where that is allowed."""
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 # ------------------------------------------------------------------------------------------- the flight
