@@ -46,13 +46,17 @@ def highest_rate(
     return low
 
 
-def peak(measure: Callable[[float], float], start: float, *, growth: float = 1.3, most: int = 12) -> float:
-    """The highest goodput that any rate of a ramp gave; ends when two rates in turn gave less than the best."""
-    best, worse, rate = 0.0, 0, start
+def peak(
+    measure: Callable[[float], float], start: float, *, growth: float = 1.3, most: int = 12
+) -> tuple[float, float]:
+    """The highest goodput that any rate of a ramp gave, and that rate; ends when two in turn gave less than the best."""
+    best, best_rate, worse, rate = 0.0, start, 0, start
     for _ in range(most):
         got = measure(rate)
-        best, worse = (got, 0) if got > best * 1.02 else (max(best, got), worse + 1)
+        worse = 0 if got > best * 1.02 else worse + 1
+        if got > best:
+            best, best_rate = got, rate
         if worse == 2:
             break
         rate *= growth
-    return best
+    return best, best_rate

@@ -31,7 +31,7 @@ def test_a_search_without_an_end_is_ended():
 
 
 def test_the_peak_is_the_best_of_the_ramp():
-    assert peak(lambda rate: min(rate, 100.0), 10.0) == 100
-    assert peak(lambda rate: rate if rate <= 100 else 0.0, 10.0) == pytest.approx(
-        10 * 1.3**8
-    )  # the last step under 100
+    best, rate = peak(lambda rate: min(rate, 100.0), 10.0)
+    assert (best, rate) == (100, pytest.approx(10 * 1.3**9))  # the first step over 100
+    last = 10 * 1.3**8  # under 100
+    assert peak(lambda rate: rate if rate <= 100 else 0.0, 10.0) == pytest.approx((last, last))
