@@ -49,7 +49,7 @@ def highest_rate(
 def peak(
     measure: Callable[[float], float], start: float, *, growth: float = 1.3, most: int = 12
 ) -> tuple[float, float]:
-    """The highest goodput that any rate of a ramp gave, and that rate; ends when two in turn gave less than the best."""
+    """The highest goodput that any rate of a ramp gave, and that rate; ends when two in turn gave less."""
     best, best_rate, worse, rate = 0.0, start, 0, start
     for _ in range(most):
         got = measure(rate)

@@ -2,8 +2,8 @@
 
 The capacity at quality's floor is the peak goodput of a ramp (answers within the SLA a second), since at the peak
 the funnel is as narrow as it gets. The best of ten short steps is more than the machine holds: the rate that gave it is
-run again right before and after the overload, and their mean is what the overload is compared with. The paced service waits instead of computing, and so leaves the CPU to the
-generator.
+run again right before and after the overload, and their mean is what the overload is compared with. The paced service
+waits instead of computing, and so leaves the CPU to the generator.
 """
 
 from collections.abc import Iterator
