@@ -4,7 +4,8 @@
                                                           (share retrieved, share pre-ranked, positions re-ranked)
 
 It owns what can happen to an answer and its simulation. Stages are run by evaluate.py, a curve is fitted by
-loss_curve.py, and how the table is read for an answer is app/control/loss.py, which the check here calls too.
+loss_curve.py, and how the table is read for an answer is app/control/loss.py, which the check here calls too. It is
+over 250 lines because each way to lose a part stands beside the simulation of it.
 """
 
 from collections.abc import Mapping, Sequence

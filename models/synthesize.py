@@ -5,7 +5,8 @@
 Items stand in clusters of Zipf sizes, people's histories in one to three clusters, popularity is Zipf's again. The
 models are stand_ins.py's. Embeddings and features are drawn in blocks straight to disk, so memory holds a few numbers
 an item. The same command gives the same files (it keeps numpy to one thread: on two, products differ in the last
-digit). Ids don't depend on the seed: bundles of two seeds answer the same requests, about different worlds.
+digit). Ids don't depend on the seed: bundles of two seeds answer the same requests, about different worlds. It is over
+250 lines because items, people and requests are one world, drawn from one seed.
 
 Embeddings are stored as f32: gathering 8,000 rows of a million × 64 and multiplying takes 0.6 ms, from f16 1.6 ms
 (np.take, one thread, AVX-512, 2026-11): numpy widens f16 more slowly than memory delivers the other half.
