@@ -105,15 +105,15 @@ async def test_the_candidate_offered_again_serves_and_what_serves_is_not_loaded_
     assert versions(service) == {"serving": "2", "previous": "1"}
 
 
-async def test_who_rolls_back_while_a_bundle_loads_means_it(service, admin, other, bundle):
+async def test_who_rolls_back_while_a_bundle_loads_means_it(service, admin, other, copy):
     await offer(admin, other)
     await loaded(service)
-    third = await offer(admin, bundle)
-    assert third.status == 202
+    reseal(copy, lambda m: m.update(version="3"))
+    assert (await offer(admin, copy)).status == 202
     assert (await call(admin, "POST", "/admin/rollback")).status == 202
     await loaded(service)
     assert service.loading["state"] == "ready"
-    assert versions(service) == {"serving": "1", "previous": "2"}
+    assert versions(service) == {"serving": "1", "previous": "2", "candidate": "3"}
 
 
 async def test_a_bundle_that_must_not_be_served_is_refused_by_name_and_the_old_one_serves_on(service, admin, copy):
