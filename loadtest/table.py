@@ -1,11 +1,11 @@
 """Figures with their bars, the rows they belong to, and how both are printed.
 
-A bar is a closed range; a value that isn't a number meets none. What is measured is decided in faults/.
+A bar is a closed range; a value that isn't a number meets none. What is measured is decided by each bench.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -106,15 +106,28 @@ def report(rows: Iterable[Row], out: TextIO, facts: dict[str, object] | None = N
             counts = f"{s.requests:,} | {s.failed:,} | {s.late:,} | {s.degraded:,} | {s.coverage:.3f}"
             times = f"{s.p50_ms:.1f} / {s.p99_ms:.1f} | {recovery} | {s.cpu:.2f}, {s.sent_late_ms:.2f}"
             print(f"| {row.fault} | {counts} | {times} |", file=out)
-    print("\n| fault | figure | bar | value | met |\n|---|---|---|---|---|", file=out)
-    for row in rows:
-        for f in row.figures:
+    print(file=out)
+    return verdict("reliability", [(row.fault, row.figures) for row in rows], out, facts, heading="fault")
+
+
+def verdict(
+    bench: str,
+    groups: Sequence[tuple[str, Sequence[Figure]]],
+    out: TextIO,
+    facts: dict[str, object] | None = None,
+    *,
+    heading: str = "what",
+) -> bool:
+    """Print figure, bar and value, by group, in Markdown, then one line of JSON. Returns whether every bar is met."""
+    print(f"| {heading} | figure | bar | value | met |\n|---|---|---|---|---|", file=out)
+    for group, figures in groups:
+        for f in figures:
             met = ("yes" if f.is_met else "NO") if f.has_bar else ""
-            print(f"| {row.fault} | {f.name} | {f.bar} | {f.shown} | {met} |", file=out)
-    named = [(f"{row.fault}: {f.name}", f) for row in rows for f in row.figures]
+            print(f"| {group} | {f.name} | {f.bar} | {f.shown} | {met} |", file=out)
+    named = [(f"{group}: {f.name}", f) for group, figures in groups for f in figures]
     missed = [name for name, f in named if not f.is_met]
-    figures = {name: f.value if math.isfinite(f.value) else None for name, f in named}
-    print(json.dumps({"bench": "reliability", **(facts or {}), "figures": figures, "missed": missed}), file=out)
+    values = {name: f.value if math.isfinite(f.value) else None for name, f in named}
+    print(json.dumps({"bench": bench, **(facts or {}), "figures": values, "missed": missed}), file=out)
     return not missed
 
 

@@ -84,7 +84,7 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
 
 
 def _synthesize_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--items", type=int, required=True, help="1,000 or more")
+    command.add_argument("--items", type=int, default=1_000_000, help="1,000 or more; a million if absent")
     command.add_argument("--dim", type=int, default=64, help="of the embeddings")
     command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
