@@ -144,7 +144,7 @@ async def answer(request: Request, service: Service) -> Response:
         asked = await asyncio.to_thread(wire.parse, sent, schema) if is_large else wire.parse(sent, schema)
         request_id = asked.request_id or request_id
         complete_at = request.scope.get("winnow.complete_at", received_at)
-        answered = await service.rank(asked, request_id, (received_at, complete_at))
+        answered = await service.rank(asked, sent, request_id, (received_at, complete_at))
         if answered.query.is_strict:
             require_full(answered.ranking)
         total_s = time.monotonic() - received_at

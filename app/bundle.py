@@ -156,7 +156,7 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
 
     Args:
         digest: the manifest's SHA-256, when it is known from outside.
-        is_verified: another process has just verified the files; only the models are hashed again.
+        is_verified: another process has just loaded the same files; only the models are hashed again.
     Raises: BundleError, one sentence that names the file.
     """
     manifest, found = read_manifest(path, digest)
@@ -167,27 +167,19 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
         path=path,
         digest=found,
         manifest=manifest,
-        ids=_ids(path / ITEMS),
+        ids=_ids(path / ITEMS, is_verified=is_verified),
         tables=_tables(path / ITEMS),
         vocab=_vocab(path / VOCAB),
-        users=_users(path / USERS),
+        users=_users(path / USERS, is_verified=is_verified),
         popular=_array(path / "popular.npy"),
         index=_index(path, manifest),
         user_tower=_session(path, manifest, manifest.retrievers[0].tower),
         re_ranker=_session(path, manifest, "re_ranker.onnx"),
         pre_ranker=_pre_ranker(path / "pre_ranker.npz"),
     )
-    check_shapes(generation)
+    if not is_verified:
+        check_shapes(generation)
     return generation
-
-
-def load_re_ranker(path: Path, digest: str) -> tuple[ort.InferenceSession, FeatureSchema, Tables]:
-    """What a worker needs of a bundle that its parent has verified whole.
-
-    The manifest and the model are checked again, tables only mapped.
-    """
-    manifest, _ = read_manifest(path, digest)
-    return _session(path, manifest, "re_ranker.onnx"), manifest.features, _tables(path / ITEMS)
 
 
 def _array(file: Path) -> Array:
@@ -200,8 +192,10 @@ def _tables(folder: Path) -> dict[str, Array]:
     return {f.stem: _array(f) for f in sorted(folder.glob("*.npy")) if f.stem not in ("ids", "id_order")}
 
 
-def _ids(folder: Path) -> Ids:
+def _ids(folder: Path, *, is_verified: bool) -> Ids:
     ids, order, name = _array(folder / "ids.npy"), _array(folder / "id_order.npy"), f"{folder.name}/ids.npy"
+    if is_verified:
+        return Ids(ids, order)
     are_ids = ids.ndim == 1 and ids.dtype.kind in "iU" and len(ids) > 0
     require(are_ids, f"{name}: ids must be one axis of integers or fixed-width strings, not empty")
     are_rows = order.shape == ids.shape and order.dtype.kind == "i" and _are_rows(order, len(ids))
@@ -219,11 +213,11 @@ def _vocab(folder: Path) -> dict[str, dict[str, int]]:
     return vocab
 
 
-def _users(folder: Path) -> Users | None:
+def _users(folder: Path, *, is_verified: bool) -> Users | None:
     if not folder.is_dir():
         return None
     tables = _tables(folder)
-    return Users(_ids(folder), tables, tables.pop("history", None))
+    return Users(_ids(folder, is_verified=is_verified), tables, tables.pop("history", None))
 
 
 def _listed(path: Path, manifest: Manifest, name: str) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag, StrEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,14 @@ class Filter:
     values: Array | None = None
     low: float | None = None
     high: float | None = None
+
+
+class Sent(NamedTuple):
+    """A request as its client sent it, with its id, and the width of re-ranking that it names, if it does."""
+
+    request_id: str
+    body: bytes
+    rerank_count: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +248,14 @@ class RequestScope:
     degradations: list[Degradation] = field(default_factory=list)
 
 
+class Narrowed(NamedTuple):
+    """A request half-way: the query as resolved, and what pre-ranking left of the catalogue, best first."""
+
+    query: Query
+    scope: RequestScope
+    coarse: Scored
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """The answer, best first.
@@ -269,3 +285,10 @@ class Ranking:
     def report(self, stage: Stage) -> StageReport:
         """The report of one stage."""
         return next(r for r in self.reports if r.stage is stage)
+
+
+class Ranked(NamedTuple):
+    """A request's whole way: the query as resolved, and the answer."""
+
+    query: Query
+    ranking: Ranking

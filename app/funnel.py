@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -20,16 +20,30 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from app.bundle import Generation
-from app.control.costs import Estimate
+from app.control.costs import Cost, Estimate
 from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
 from app.errors import ContractError, DeadlineMissed, StageFailed, require
-from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Stage, StageReport
+from app.flow import (
+    Candidates,
+    Narrowed,
+    Outcome,
+    Query,
+    Ranked,
+    Ranking,
+    RequestScope,
+    Scored,
+    Sent,
+    Stage,
+    StageReport,
+)
 from app.stages import preranking, reranking, retrieval, selection
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
+
+LATE_SHARE = 0.3  # of the time left when the first half is late: to look up who asks, before going on without
 
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
@@ -55,53 +69,89 @@ class FunnelStage(Protocol[Given, Output]):
         """What takes its place; quick, and never fails."""
 
 
-class Funnel:
-    """The funnel over one generation. `threads` run all that needs no worker; `scorer` runs the deep model."""
+class Runner(Protocol):
+    """Processes that take a request its whole way."""
 
-    def __init__(self, generation: Generation, scorer: ShardScorer, threads: Executor, reserve_s: float = 0) -> None:
-        self.generation, self.threads, self.reserve_s = generation, threads, reserve_s
+    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Ranked:
+        """The answer. Raises what resolving the request raises; StageFailed, after which it is not too late for others.
+
+        It fails where nobody has begun by the instant `until`, and where several workers had better share the work.
+        """
+
+
+class Funnel:
+    """The funnel over one generation; `scorer` runs the deep model.
+
+    costs: of retrieval and pre-ranking, as measured. runner: runs requests that come as they were sent, if it can.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        scorer: ShardScorer,
+        reserve_s: float = 0.0,
+        costs: tuple[Cost, Cost] | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        self.generation, self.reserve_s, self.runner = generation, reserve_s, runner
         self.retrieval = retrieval.Retrieval(generation)
         self.preranking = preranking.Preranking(generation)
         self.reranking = reranking.Reranking(generation, scorer)
+        self.retrieval.cost, self.preranking.cost = costs or (self.retrieval.cost, self.preranking.cost)
 
-    async def rank(self, resolve: Resolve, deadline: Deadline, quality: float = 1.0) -> tuple[Query, Ranking]:
+    async def rank(
+        self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, sent: Sent | None = None
+    ) -> Ranked:
         """The query as resolved, and the best min(k, candidates) items for it, in time.
 
         resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
+        sent: the same, not yet resolved, for the runner.
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
-        so_far = list[Query]()  # the query, if a thread got as far as that
+        started, budgets = time.monotonic(), self.generation.manifest.funnel.budgets
+        until = started + deadline.limit(max(budgets.retrieval, budgets.preranking), started, self.reserve_s)
+        if self.runner and sent:
+            with suppress(StageFailed, TimeoutError):
+                async with asyncio.timeout(deadline.limit(1.0, started, self.reserve_s)):
+                    return await self.runner.rank(sent, deadline, quality, until)
+        return await self.finish(await self._narrowed(resolve, deadline, quality, until))
 
-        async def narrow(*, is_late: bool = False) -> tuple[Query, RequestScope, Scored]:
-            """All that needs no worker, and so never waits."""
-            if not so_far:
-                so_far.append(resolve(is_late=is_late))
-            scope = self.open_scope(query := so_far[0], deadline, quality)
-            scope.is_late = is_late
-            found = await self.run(self.retrieval, scope, query, None)
-            coarse = await self.run(self.preranking, scope, query, found)
-            scope.is_late = False
-            return query, scope, coarse.top(scope.keep)
+    async def narrow(
+        self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, *, is_late: bool = False
+    ) -> Narrowed:
+        """The first half, which never waits. is_late: there is no time for it, substitutes take the places."""
+        scope = self.open_scope(query := resolve(is_late=False), deadline, quality)
+        scope.is_late = is_late
+        found = await self.run(self.retrieval, scope, query, None)
+        coarse = await self.run(self.preranking, scope, query, found)
+        scope.is_late = False
+        return Narrowed(query, scope, coarse.top(scope.keep))
 
-        budgets = self.generation.manifest.funnel.budgets
-        share = max(budgets.retrieval, budgets.preranking)
-        limit_s = deadline.limit(share, time.monotonic(), self.reserve_s)
-        # One hop for all of it: between three a request would wait three times for the interpreter.
-        work = asyncio.get_running_loop().run_in_executor(self.threads, _outcome_of, narrow)
-        try:
-            query, scope, coarse = await asyncio.wait_for(work, limit_s)
-        except TimeoutError:  # a search can't be stopped: it goes on in its thread, unheard
-            late = partial(narrow, is_late=True)  # here if it is little work: another hop would be another wait
-            query, scope, coarse = await (late() if so_far else asyncio.to_thread(_outcome_of, late))
+    async def finish(self, narrowed: Narrowed) -> Ranked:
+        """The second half."""
+        query, scope, coarse = narrowed
         fine = await self.run(self.reranking, scope, query, coarse)
-        return query, self.select(scope, query, fine)
+        return Ranked(query, self.select(scope, query, fine))
 
-    def seconds(self, quality: float, n_threads: int) -> float:
-        """What a request is expected to take at this quality where so many threads, and all workers, are busy."""
+    async def _narrowed(self, resolve: Resolve, deadline: Deadline, quality: float, until: float) -> Narrowed:
+        """The first half by a thread; where its time is over without a search, and then without the person."""
+        narrow = partial(self.narrow, resolve, deadline, quality)
+        with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
+            async with asyncio.timeout(until - time.monotonic()):
+                return await asyncio.to_thread(outcome_of, narrow)
+        with suppress(TimeoutError):  # who asks may still be found out
+            async with asyncio.timeout(LATE_SHARE * deadline.limit(1.0, time.monotonic(), self.reserve_s)):
+                return await asyncio.to_thread(outcome_of, partial(narrow, is_late=True))
+        nameless = partial(self.narrow, lambda is_late: resolve(is_late=True), deadline, quality, is_late=True)
+        return await asyncio.to_thread(outcome_of, nameless)  # up to 10 ms for the largest request
+
+    def seconds(self, quality: float) -> float:
+        """What a request is expected to take at this quality where all workers are busy."""
         widths = self.generation.manifest.funnel
         n = max(int(quality * widths.retrieve), widths.rerank)
         narrow_s = self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n)
-        return narrow_s / n_threads + self.reranking.cost.seconds(int(quality * widths.rerank))
+        n_workers = max(self.reranking.scorer.n_workers, 1)
+        return narrow_s / n_workers + self.reranking.cost.seconds(int(quality * widths.rerank))
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
@@ -159,13 +209,13 @@ class Funnel:
         return replace(ranking, reports=reports, expected_ndcg_loss=loss, extra_s=extra_s)
 
 
-def offline_funnel(generation: Generation, threads: Executor) -> Funnel:
+def offline_funnel(generation: Generation) -> Funnel:
     """The same funnel with the deep model in this process: packing, evaluation, golden requests."""
     model = ShardModel(generation.re_ranker, generation.manifest.features.re_ranker, generation.tables)
-    return Funnel(generation, InProcess(model), threads)
+    return Funnel(generation, InProcess(model))
 
 
-def _outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+def outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """The outcome of a coroutine that never waits, without an event loop."""
     try:
         work().send(None)

@@ -1,15 +1,14 @@
 """The service's life: load → prove → start workers → serve → switch → drain → stop; and one request's way through it.
 
-It owns what lives as long as the process: the generations that are held, with their funnels and workers, the threads,
-the gate. It knows no HTTP (api.py) and no order of stages (funnel.py). A request pins the generation that serves when
-it gets its permit; one that leaves is closed when its last request has ended.
+It owns what lives as long as the process: the generations that are held, with their funnels and workers, and the gate.
+It knows no HTTP (api.py) and no order of stages (funnel.py). A request pins the generation that serves when it gets its
+permit; one that leaves is closed when its last request has ended.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +19,17 @@ from app.bundle import Generation, Id, load
 from app.control.deadline import Deadline
 from app.control.quality import FLOOR
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError, require
-from app.flow import Query, Ranking
+from app.flow import Query, Ranking, Sent
 from app.funnel import Funnel
 from app.gate import Gate, Phase
 from app.keys import read_keys
 from app.manifest import read_manifest
 from app.metrics import Metrics
 from app.settings import Settings
-from app.warmup import measure, prove, prove_aside
+from app.warmup import measured, prove, prove_aside
 from app.workers.pool import WorkerPool
 from app.workers.process import FORKS, start_server
+from app.workers.worker import Given
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A request's outcome in the terms of the generation that served it. users_s: a thread's turn, and who asks."""
+    """A request's outcome in the terms of the generation that served it. users_s: a worker's turn, and who asks."""
 
     query: Query
     ranking: Ranking
@@ -63,7 +63,6 @@ class Service:
         self.keys = read_keys(settings.api_keys_file)
         self.metrics = Metrics(settings.sla_ms / 1e3)
         self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
-        self.threads = ThreadPoolExecutor(settings.threads, "stage")
         self.held: dict[str, Serving] = {}  # by role: serving, previous, candidate
         self.metrics.watch(self.held)
         # The last bundle that was offered: path, state (loading, ready, failed), error.
@@ -88,7 +87,7 @@ class Service:
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
-        self.gate.expects(opened.funnel.seconds(FLOOR, self.settings.threads))
+        self.gate.expects(opened.funnel.seconds(FLOOR))
         self.gate.phase = Phase.SERVING
         log.info("serving %s, %d items, %d workers", generation.name, generation.n_items, opened.pool.n_workers)
         log.info("ready after %.1f s", time.monotonic() - started)
@@ -96,9 +95,10 @@ class Service:
     async def _open(self, generation: Generation) -> Serving:
         """Workers and funnel for a verified generation, warm. Raises ServerError."""
         s, is_yielding = self.settings, self.serving is not None
-        pool = WorkerPool(generation, s.workers, self.metrics, s.spares, s.paced_row_ms / 1e3)
-        funnel = Funnel(generation, pool, self.threads, s.reply_reserve_ms / 1e3)
-        await asyncio.to_thread(measure, funnel, is_yielding=is_yielding)
+        costs = await asyncio.to_thread(measured, generation, is_yielding=is_yielding)
+        given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, costs)
+        pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
+        funnel = Funnel(generation, pool, given.reserve_s, costs, runner=pool)
         await pool.start(is_yielding=is_yielding)
         return Serving(generation, funnel, pool, time.monotonic())
 
@@ -111,7 +111,6 @@ class Service:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
-        self.threads.shutdown(wait=False, cancel_futures=True)
         log.info("stopped")
 
     @property
@@ -155,7 +154,7 @@ class Service:
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
-        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR, self.settings.threads))
+        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR))
         log.info("serving %s", self.held["serving"].generation.name)
 
     def _hold(self, role: str, what: Serving) -> None:
@@ -185,8 +184,10 @@ class Service:
 
     # -------------------------------------------------------------------------------------- requests
 
-    async def rank(self, request: wire.RankRequest, request_id: str, arrived: tuple[float, float]) -> Answered:
-        """One request, from its schema to the ranked ids. Raises any of errors.py.
+    async def rank(
+        self, request: wire.RankRequest, body: bytes, request_id: str, arrived: tuple[float, float]
+    ) -> Answered:
+        """One request, from its schema and its bytes to the ranked ids. Raises any of errors.py.
 
         arrived: when the first byte of its head and the last of its body were read, seconds.
         """
@@ -195,13 +196,13 @@ class Service:
             with self._pinned() as serving:
                 timeout_s = self.gate.sla_s if request.timeout_ms is None else request.timeout_ms / 1e3
                 deadline = Deadline(received_at, timeout_s)  # made once, here
-                started = time.monotonic()
+                started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
-                query, ranking = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started))
+                query, ranking = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
                 users_s = time.monotonic() - started - sum(report.seconds for report in ranking.reports)
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, ranking.extra_s)
-                self.gate.expects(serving.funnel.seconds(FLOOR, self.settings.threads))
+                self.gate.expects(serving.funnel.seconds(FLOOR))
                 self.metrics.ranking(ranking)
                 return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
 

@@ -49,10 +49,8 @@ class Settings:
     port: int = tunable(8000, "ranking port; 0 lets the system choose", low=0, high=65535)
     admin_host: str = tunable("127.0.0.1", "address of the admin port: metrics, generations")
     admin_port: int = tunable(8001, "admin port; 0 lets the system choose", low=0, high=65535)
-    workers: int = tunable(os.cpu_count() or 1, "processes that re-rank, one core each", low=1, high=256)
+    workers: int = tunable(os.cpu_count() or 1, "processes that search and rank, one core each", low=1, high=256)
     spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
-    # For what needs no worker. More than cores only pass the interpreter lock around.
-    threads: int = tunable(os.cpu_count() or 1, "threads for person, retrieval and pre-ranking", low=1, high=64)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     reply_reserve_ms: float = tunable(8.0, "kept for the answer, which may wait for the event loop", low=0, high=1e3)
     max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)

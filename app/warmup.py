@@ -6,7 +6,6 @@ Running them also warms everything up: memory maps, the runtime's memory plans, 
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import orjson
 
 from app import wire
 from app.bundle import Generation, load
-from app.control.costs import fitted
+from app.control.costs import Cost, fitted
 from app.control.deadline import Deadline
 from app.errors import BundleError, ClientError, require
 from app.flow import Query, Ranking
@@ -42,8 +41,8 @@ async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     return ranking
 
 
-def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
-    """Seed the costs of retrieval and pre-ranking from the golden requests, at their width and at a quarter of it.
+def measured(generation: Generation, *, is_yielding: bool = False) -> tuple[Cost, Cost]:
+    """The costs of retrieval and pre-ranking on the golden requests, at their width and at a quarter of it.
 
     is_yielding: three quarters of the time are left to those who are served meanwhile.
     """
@@ -55,7 +54,7 @@ def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
         time.sleep(YIELDED * seconds if is_yielding else 0.0)
         return seconds, done
 
-    generation = funnel.generation
+    funnel = offline_funnel(generation)
     width = min(generation.manifest.funnel.retrieve, generation.n_items)
     widths = (max(1, width // 4), width)
     queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]
@@ -67,14 +66,15 @@ def measure(funnel: Funnel, *, is_yielding: bool = False) -> None:
         for stage, took in ((funnel.retrieval, searches), (funnel.preranking, scorings)):
             narrow, full = ((n, float(np.median([s for s, _ in took[n]]))) for n in widths)
             stage.cost = fitted(narrow, full)
+    return funnel.retrieval.cost, funnel.preranking.cost
 
 
 async def prove(generation: Generation) -> None:
     """Run the golden requests. Raises BundleError if none gives an item, or that names the first not reproduced."""
     holds_items = any(golden.items for golden in generation.manifest.golden)
     require(holds_items, "manifest.json: golden must hold a request that gives items; without one nothing is proved")
-    with opening(MANIFEST, "its golden requests can't be run", UNFORESEEN), ThreadPoolExecutor(1, "prove") as threads:
-        funnel = offline_funnel(generation, threads)
+    with opening(MANIFEST, "its golden requests can't be run", UNFORESEEN):
+        funnel = offline_funnel(generation)
         for number, golden in enumerate(generation.manifest.golden):
             await _prove_one(funnel, golden, f"manifest.json: golden request {number}")
 

@@ -8,7 +8,6 @@ re-ranker. It alone among models/ knows the funnel.
 import asyncio
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,11 @@ def resolve(generation: Generation, requests: Sequence[Request]) -> list[Query]:
 
 def embed(generation: Generation, queries: Iterable[Query]) -> Floats:
     """The user tower's outputs, f32[q, d]. Raises PackError if it fails."""
-    with ThreadPoolExecutor(1) as threads:
-        retrieval = offline_funnel(generation, threads).retrieval
-        try:
-            return np.stack([retrieval.embed(query) for query in queries])
-        except StageFailed as e:
-            raise PackError(f"user_tower.onnx: fails on a sample request ({_first_line(e)})") from e
+    retrieval = offline_funnel(generation).retrieval
+    try:
+        return np.stack([retrieval.embed(query) for query in queries])
+    except StageFailed as e:
+        raise PackError(f"user_tower.onnx: fails on a sample request ({_first_line(e)})") from e
 
 
 def re_ranker_feeds(generation: Generation, query: Query, candidates: Candidates) -> dict[str, NDArray[Any]]:
@@ -104,14 +102,13 @@ def prerank(
     is_popular: with what takes retrieval's place when it fails.
     """
     width = generation.manifest.funnel.retrieve
-    with ThreadPoolExecutor(1) as threads:
-        funnel = offline_funnel(generation, threads)
-        for query in queries:
-            if is_popular:
-                found = funnel.retrieval.substitute(funnel.open_scope(query, UNHURRIED), query, None)
-            else:
-                found = funnel.retrieval.search(query, width)
-            yield query, funnel.preranking.score(query, found)
+    funnel = offline_funnel(generation)
+    for query in queries:
+        if is_popular:
+            found = funnel.retrieval.substitute(funnel.open_scope(query, UNHURRIED), query, None)
+        else:
+            found = funnel.retrieval.search(query, width)
+        yield query, funnel.preranking.score(query, found)
 
 
 def score_through(
@@ -125,13 +122,12 @@ def score_through(
 
 def run_funnel(generation: Generation, queries: Sequence[Query]) -> list[Ranking]:
     """The whole funnel's ranking for each query, with all the time it wants."""
-    with ThreadPoolExecutor(1) as threads:
-        funnel = offline_funnel(generation, threads)
+    funnel = offline_funnel(generation)
 
-        async def rank_all() -> list[Ranking]:
-            return [await rank_offline(funnel, query) for query in queries]
+    async def rank_all() -> list[Ranking]:
+        return [await rank_offline(funnel, query) for query in queries]
 
-        return asyncio.run(rank_all())
+    return asyncio.run(rank_all())
 
 
 def prove_golden(generation: Generation) -> None:
@@ -145,8 +141,7 @@ def rank_everything(generation: Generation, query: Query, k: int) -> Rows:
         history = query.person.history if generation.manifest.funnel.exclude_history else query.exclude
         rows = np.setdiff1d(np.arange(generation.n_items), np.union1d(query.exclude, history))
         query = replace(query, candidates=rows)
-    with ThreadPoolExecutor(1) as threads:
-        found = offline_funnel(generation, threads).retrieval.search(query, k)
+    found = offline_funnel(generation).retrieval.search(query, k)
     return found.rows[best_first(re_rank(generation, query, found), found.rows)[:k]]
 
 

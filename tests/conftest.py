@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,16 +49,10 @@ def text_generation(text_bundle: Path) -> Generation:
     return load(text_bundle)
 
 
-@pytest.fixture(scope="session")
-def threads() -> Iterator[Executor]:
-    with ThreadPoolExecutor(2) as executor:
-        yield executor
-
-
 @pytest.fixture
-def funnel(generation: Generation, threads: Executor) -> Funnel:
+def funnel(generation: Generation) -> Funnel:
     """The whole funnel with the deep model in this process; a new one for each test, to be patched at will."""
-    return offline_funnel(generation, threads)
+    return offline_funnel(generation)
 
 
 @pytest.fixture

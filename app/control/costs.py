@@ -2,7 +2,6 @@
 
     seconds(n) = scale · (fixed + per_item · n)
 
-Stage threads observe side by side; an observation that is lost between two of them does no harm.
 `fixed` and `per_item` are measured once, in the warm-up; `scale` follows what requests meet afterwards. It tracks
 a quantile and not a mean: one request that met a pause of 50 ms must not make the next twenty narrow.
 """

@@ -16,7 +16,7 @@ from app.bundle import Generation
 from app.control.carrying import to_request_scale
 from app.errors import StageFailed
 from app.flow import Positions, Query, RequestScope, Scored, Scores, Stage, sealed
-from app.workers.scoring import Shard, ShardScorer
+from app.workers.scoring import Answer, Shard, ShardScorer
 
 MIN_SHARD = 16  # rows: below this the round trip costs more than the rows
 
@@ -43,7 +43,7 @@ class Reranking:
         scores, scored_by = np.zeros_like(given.scores), given.scored_by.copy()
         scope.shards = max(1, min(n_workers, n // MIN_SHARD))
 
-        def submit(at: Positions) -> "asyncio.Future[None]":
+        def submit(at: Positions) -> Answer:
             def deliver(start: int, sliced: Scores) -> None:
                 rows = at[start : start + len(sliced)]
                 scores[rows], scored_by[rows] = sliced, self.stage
@@ -54,7 +54,8 @@ class Reranking:
 
         answers = [submit(np.arange(s, n, scope.shards)) for s in range(scope.shards)]
         try:
-            await asyncio.wait(answers, timeout=max(0.0, until - time.monotonic()))
+            if waiting := [a for a in answers if isinstance(a, asyncio.Future)]:
+                await asyncio.wait(waiting, timeout=max(0.0, until - time.monotonic()))
         finally:
             for answer in answers:
                 answer.cancel()
@@ -74,7 +75,7 @@ class Reranking:
         return knots(coarse.scores)
 
 
-def is_scored(answer: "asyncio.Future[None]") -> bool:
+def is_scored(answer: Answer) -> bool:
     """The shard came back in time and whole. Raises whatever is no fault of a worker: it can't be carried over."""
     if answer.cancelled():
         return False

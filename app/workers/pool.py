@@ -1,12 +1,13 @@
-"""The parent's side of the workers: starts and watches them, hands out shards, brings back slices of scores.
+"""The parent's side of the workers: starts and watches them, hands out jobs, brings back what came of them.
 
-Workers pull: each holds one shard at a time and gets the next when it has answered, so a slow one gets less. A shard
-that is late is sent once more to an idle worker, within a budget (control/hedging.py); the first to end wins, the
-other is stopped. What a dead worker held goes back to the head of the queue, from the first row that is missing.
+A job is a request that one worker takes its whole way, or a shard of one that several share. Workers pull: each holds
+one job at a time and gets the next when it has answered, so a slow one gets less. A job that is late is sent once more
+to an idle worker, within a budget (control/hedging.py); the first to end wins, the other is stopped. What a dead
+worker held goes back to the head of the queue, a shard from the first row that is missing.
 
 There are more processes than work at a time: spares are warm, and take over the moment one dies or becomes slow. A
 worker that doesn't answer is killed; one that dies again and again is started again ever later. The pool knows nothing
-of requests or stages. It is over 250 lines because both lives, a shard's and a worker's, meet here in every line.
+of what the stages do. It is over 250 lines because both lives, a job's and a worker's, meet here in every line.
 """
 
 import asyncio
@@ -16,26 +17,31 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from app.bundle import Generation
 from app.control.costs import Cost
+from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
-from app.errors import ContractError, ServerError, StageFailed
+from app.errors import ContractError, InvalidRequest, ServerError, StageFailed
+from app.flow import Outcome, Ranked, Sent
 from app.metrics import Metrics
-from app.workers.messages import Frame, Kind, Slice, frame, generation_number, read_frames, read_slice, write_shard
+from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import FORKS
-from app.workers.scoring import Deliver, Shard
-from app.workers.worker import work
+from app.workers.scoring import Deliver, Shard, Slice
+from app.workers.worker import Given, work
 
 READY_S = 120.0  # for a worker to map tables and open the model, yielding to everybody meanwhile
 APART_S = 0.02  # between the starts of two workers that yield: the loop waits for each fork, a few milliseconds
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
+SEARCHING = 50  # looks until a request that nobody waits for must be left: a search can't be stopped
+ALONE = 0.3  # of the time there is, for re-ranking by one worker: to share what takes less costs more than it saves
 STEADY_S = 10.0  # a worker that lived so long starts its next life with a clean record
 BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled for each early death, and the most
 RECENT = 0.2  # weight of a slice in what a worker's rows take it
@@ -48,28 +54,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A shard on its way.
+    """A shard on its way, or a request.
 
-    done: rows from its head that are delivered. sent: what it was handed out as, so far: first, hedge, resend.
+    n: rows, or how many a request is worth. says: what the worker is told, from the first row that is missing.
+    deliver: for slices. answer: of a request, ends with what came of it. done: rows from its head that are delivered.
+    sent: what it was handed out as, so far: first, hedge, resend.
     """
 
-    shard: Shard
+    kind: Kind
+    n: int
+    until: float
+    says: Callable[[int], object]
     deliver: Deliver
-    answer: "asyncio.Future[None]"
+    answer: "asyncio.Future[Any]"
     done: int = 0
     seconds: float = 0.0
     sent: list[str] = field(default_factory=list)
 
     @property
     def n_left(self) -> int:
-        return len(self.shard.candidates) - self.done
+        return self.n - self.done
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
-    offset: the first row that it was given of its job. owes: what it must answer within so many looks.
+    offset: the first row that it was given of its job. since: when. owes: what it must answer within so many looks.
     state: alive, starting, or backing_off (waiting to be started again).
     row_s: what a row took it lately; one that isn't used is slowly forgiven.
     """
@@ -79,9 +90,11 @@ class _Worker:
     is_ready: asyncio.Event = field(default_factory=asyncio.Event)
     process: BaseProcess = field(init=False)
     transport: asyncio.WriteTransport = field(init=False)
+    control: socket.socket = field(init=False)
     job: _Job | None = None
     run: int = 0
     offset: int = 0
+    since: float = 0.0
     row_s: float = 0.0
     owes: dict[Kind, int] = field(default_factory=dict)
 
@@ -89,21 +102,21 @@ class _Worker:
 class WorkerPool:
     """W workers, and spares, for one generation. Lifecycle: `await start()`, `submit(…)`, `await close()`.
 
-    paced_row_s: what a row takes at least; a stand-in for an accelerator, see settings.py.
+    given: what workers are told besides their bundle.
     """
 
     is_yielding = False  # another generation serves, and mustn't notice the start
 
     def __init__(
-        self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, paced_row_s: float = 0.0
+        self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, given: Given | None = None
     ) -> None:
-        self.generation, self.metrics, self.paced_row_s = generation, metrics, paced_row_s
+        self.generation, self.metrics, self.given = generation, metrics, given or Given()
         self.own = generation_number(generation.digest)
         self.n_history = max((i.length for i in generation.manifest.features.re_ranker), default=0)
         self.n_wanted = n_workers
         self.workers = [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
-        self.late: deque[_Job] = deque()  # shards to be hedged as soon as a worker is idle
+        self.late: deque[_Job] = deque()  # jobs to be hedged as soon as a worker is idle
         self.runs = itertools.count(1)
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
@@ -148,30 +161,66 @@ class WorkerPool:
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """See ShardScorer."""
-        job = _Job(shard, deliver, asyncio.get_running_loop().create_future())
-        self.backlog += job.n_left
+
+        read = shard.person.history[max(0, len(shard.person.history) - self.n_history) :]
+        shard = replace(shard, person=replace(shard.person, history=read))
+
+        def says(done: int) -> object:
+            return shard.part(done) if done else shard, shard.until - time.monotonic()
+
+        return self._take(Kind.SHARD, len(shard.candidates), shard.until, says, deliver)
+
+    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Ranked:
+        """See Runner."""
+        widths, left_s = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s - time.monotonic()
+        alone_s = self.cost.seconds(quality * (sent.rerank_count or widths.rerank))
+        if not self.ready or (alone_s > ALONE * left_s and self.n_workers > 1):
+            raise StageFailed("for several workers, or for none")
+        all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
+
+        def says(_: int) -> object:
+            left_s = deadline.started_at + deadline.timeout_s - time.monotonic()
+            return Asked(sent, left_s, deadline.timeout_s, quality)
+
+        ranked: Ranked = await self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
+        for cost, report in zip((*self.given.costs, self.cost), ranked.ranking.reports, strict=False):
+            if ranked.query.candidates is None and report.outcome in (Outcome.OK, Outcome.PARTIAL):
+                cost.observe(report.done, report.seconds)
+        return ranked
+
+    def _take(
+        self, kind: Kind, n: int, until: float, says: Callable[[int], object], deliver: Deliver
+    ) -> "asyncio.Future[Any]":
+        loop = asyncio.get_running_loop()
+        job = _Job(kind, n, until, says, deliver, loop.create_future())
+        self.backlog += n
         job.answer.add_done_callback(lambda _: self._ended(job))
+        if kind is Kind.RANK:
+            loop.call_at(until, self._is_overdue, job)
         self.queue.append(job)
         self._hand_out()
         return job.answer
+
+    def _is_overdue(self, job: _Job) -> None:
+        if not job.sent:
+            self._fail(job, StageFailed("nobody has begun"), "expired")
 
     async def close(self) -> None:
         """End the workers: their sockets close, and who doesn't go is killed."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        while self.queue:
-            self._fail(self.queue.popleft(), StageFailed("shard: the pool was closed"))
+        self._fail_queue("the pool was closed")
 
-    # --------------------------------------------------------------------------- one shard's life
+    # ----------------------------------------------------------------------------- one job's life
 
     def _hand_out(self) -> None:
-        """Give waiting shards to idle workers, oldest first, then late ones, which are running, a second time."""
+        """Give waiting jobs to idle workers, oldest first, then late ones, which are running, a second time."""
         now, idle = time.monotonic(), [w for w in self.used if w.job is None]
         while self.queue and idle:
             job = self.queue.popleft()
-            if job.shard.until <= now:
-                self._fail(job, StageFailed("shard: expired before a worker was free"), "expired")
+            if job.until <= now:
+                self._fail(job, StageFailed("expired before a worker was free"), "expired")
             elif not job.answer.done():
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
         while self.late and idle:
@@ -180,14 +229,12 @@ class WorkerPool:
                 self._send(idle.pop(0), job, "hedge")
 
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
-        worker.job, worker.run, worker.offset = job, next(self.runs), job.done
+        worker.job, worker.run, worker.offset, worker.since = job, next(self.runs), job.done, time.monotonic()
         job.sent.append(work)
         self.metrics.rows.labels(work).inc(job.n_left)
         if work == "first":
             self.hedges.earn(job.n_left)
-        rest = job.shard.part(job.done) if job.done else job.shard
-        payload = write_shard(rest, job.shard.until - time.monotonic(), self.n_history)
-        worker.transport.write(frame(Kind.SHARD, self.own, worker.run, payload))
+        worker.transport.write(frame(job.kind, self.own, worker.run, job.says(job.done)))
         after_s = late_after(self.cost.seconds(job.n_left))
         asyncio.get_running_loop().call_later(after_s, self._is_late, worker, worker.run)
 
@@ -214,18 +261,29 @@ class WorkerPool:
                 job.answer.set_result(None)
         return got.is_last
 
+    def _ranked(self, worker: _Worker, job: _Job, said: Ranked) -> None:
+        took_s = time.monotonic() - worker.since
+        worker.row_s += RECENT * (took_s / job.n - worker.row_s)
+        if not job.answer.done():
+            self.metrics.shard("ok", took_s)
+            job.answer.set_result(said)
+
     def _fail(self, job: _Job, why: Exception, outcome: str = "failed") -> None:
         if not job.answer.done():
             self.metrics.shard(outcome, job.seconds)
             job.answer.set_exception(why)
 
+    def _fail_queue(self, why: str) -> None:
+        while self.queue:
+            self._fail(self.queue.popleft(), StageFailed(why))
+
     def _ended(self, job: _Job) -> None:
-        """The shard is scored, failed or given up: whoever still works on it stops."""
+        """The job is done, failed or given up: whoever still works on it stops."""
         self.backlog -= job.n_left
         if job.answer.cancelled():
             self.metrics.shard("late" if job.sent else "expired", job.seconds)
         for worker in self._who_has(job):
-            self._ask(worker, Kind.STOP)
+            self._ask(worker, Kind.STOP, SILENT if job.kind is Kind.SHARD else SEARCHING)
 
     # -------------------------------------------------------------------------- one worker's life
 
@@ -251,11 +309,13 @@ class WorkerPool:
         """Fork the process, then receive its answers until its socket ends; raises whatever ended it."""
         worker.state = "starting"
         async with AsyncExitStack() as last:  # what is done in the end, in the reverse order
-            ours, theirs = socket.socketpair()
+            (ours, theirs), (worker.control, control) = socket.socketpair(), socket.socketpair()
+            worker.control.setblocking(False)
             last.callback(ours.close)
-            with theirs:
+            last.callback(worker.control.close)
+            with theirs, control:
                 is_yielding = self.is_yielding or bool(self.ready)
-                given = (theirs, self.generation.path, self.generation.digest, self.paced_row_s, is_yielding)
+                given = ((theirs, control), self.generation.path, self.generation.digest, self.given, is_yielding)
                 worker.process = FORKS.Process(target=work, args=given, daemon=True)
                 worker.process.start()
             last.push_async_callback(_wait_for_end, worker.process)
@@ -267,38 +327,42 @@ class WorkerPool:
             last.callback(self._give_up, worker)
             await answers.ended
 
-    def _begin(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
+    def _begin(self, worker: _Worker, answer: Frame, said: Any) -> None:
         """Its first answer: it is ready, or says why not. Raises ServerError."""
         if answer.kind is not Kind.READY:
-            raise ServerError(payload.decode(errors="replace"))
+            raise ServerError(said)
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
         if not self.started.done():
-            self.cost = Cost(ROUND_TRIP_S, max(read_slice(payload).seconds, self.paced_row_s))
+            self.cost = Cost(ROUND_TRIP_S, said)
             if len(self.ready) == len(self.workers):
                 self.started.set_result(None)
         self._hand_out()
 
-    def _receive(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
+    def _receive(self, worker: _Worker, answer: Frame, said: Any) -> None:
         """Raises ValueError for an answer to what wasn't asked."""
         if worker.state == "starting":
-            self._begin(worker, answer, payload)
+            self._begin(worker, answer, said)
         elif answer.kind is Kind.PONG:
             worker.owes.pop(Kind.PING, None)
         else:
-            self._progress(worker, answer, payload)
+            self._progress(worker, answer, said)
 
-    def _progress(self, worker: _Worker, answer: Frame, payload: bytes) -> None:
+    def _progress(self, worker: _Worker, answer: Frame, said: Any) -> None:
         """Of the run that it was given; raises ValueError for another."""
         if worker.job is None or answer.job != worker.run:
             raise ValueError(f"answered run {answer.job}, was given {worker.run}")
         if answer.kind is Kind.SCORES:
-            if not self._deliver(worker, worker.job, read_slice(payload)):
+            if not self._deliver(worker, worker.job, said):
                 return
+        elif answer.kind is Kind.RANKED:
+            self._ranked(worker, worker.job, said)
+        elif answer.kind is Kind.REFUSED:
+            self._fail(worker.job, InvalidRequest(*said), "ok")
         elif answer.kind is Kind.BROKEN:
-            self._fail(worker.job, ContractError(f"in a worker: {payload.decode(errors='replace')}"))
+            self._fail(worker.job, ContractError(f"in a worker: {said}"))
         elif self._who_has(worker.job) == [worker]:  # else another still works on it
-            self._fail(worker.job, StageFailed(f"shard: {payload.decode(errors='replace')}"))
+            self._fail(worker.job, StageFailed(said))
         self._release(worker)
 
     def _release(self, worker: _Worker) -> None:
@@ -316,12 +380,15 @@ class WorkerPool:
             self.metrics.shard("lost", 0.0)
             self.queue.appendleft(job)
         self._release(worker)
+        if not self.ready and job and job.kind is Kind.RANK:
+            self._fail_queue("no worker is alive")  # these have other ways
 
-    def _ask(self, worker: _Worker, kind: Kind) -> None:
+    def _ask(self, worker: _Worker, kind: Kind, n_looks: int = SILENT) -> None:
         """A ping, or to stop its run; not again while it owes the answer."""
         if kind not in worker.owes:
-            worker.owes[kind] = SILENT
-            worker.transport.write(frame(kind, self.own, worker.run))
+            worker.owes[kind] = n_looks
+            with suppress(OSError):  # full: it reads nothing, and owes the answer
+                worker.control.send(frame(kind, self.own, worker.run))
 
     async def _watch(self) -> None:
         """Ping the workers; kill those that don't answer, don't stop when told to, or don't get ready.
@@ -343,15 +410,15 @@ class WorkerPool:
 class _Stream(asyncio.Protocol):
     """Our end of a worker's socket: each whole answer goes to `receive`. ended: fails with what ended it."""
 
-    def __init__(self, receive: Callable[[Frame, bytes], None]) -> None:
+    def __init__(self, receive: Callable[[Frame, Any], None]) -> None:
         self.receive, self.held = receive, bytearray()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
         self.held += data
         try:
-            for answer, payload in read_frames(self.held):
-                self.receive(answer, payload)
+            for answer, said in read_frames(self.held):
+                self.receive(answer, said)
         except Exception as e:
             self._end(e)
 

@@ -6,19 +6,27 @@ could take their place.
 """
 
 import asyncio
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from math import ceil
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
 from app.bundle import run_model
-from app.control.costs import Estimate
+from app.control.costs import Cost, Estimate
 from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Array, Arrays, Candidates, Person, Scores
 
+SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
+LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
+
+Answer = asyncio.Future[None] | Future[None]  # the second where it is there at once
 Deliver = Callable[[int, Scores], None]  # the first row of a slice in its shard, and the slice's scores
 
 
@@ -45,7 +53,7 @@ class ShardScorer(Estimate, Protocol):
     def n_workers(self) -> int:
         """How many shards it can score at once, now; may be 0."""
 
-    def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
+    def submit(self, shard: Shard, deliver: Deliver) -> Answer:
         """Slices go to `deliver` as they come; the future ends with the shard, or in StageFailed.
 
         Cancel it when nobody waits any more: what runs is stopped, and nothing is delivered afterwards.
@@ -72,25 +80,77 @@ class ShardModel:
         return np.asarray(scores, np.float32).reshape(-1)
 
 
+class Run:
+    """Work under way; `stop` may be called from another thread."""
+
+    def __init__(self) -> None:
+        self.options, self.is_stopped = ort.RunOptions(), threading.Event()
+
+    def stop(self) -> None:
+        self.is_stopped.set()
+        self.options.terminate = True
+
+
+class Slice(NamedTuple):
+    """Consecutive rows of a shard, scored. start: the first of them, in the shard. scores: f32[n]."""
+
+    seconds: float
+    start: int
+    scores: Scores
+    is_last: bool
+
+
 class InProcess:
-    """Scores in the calling process, at once."""
+    """Scores in the calling process, at once, in slices.
+
+    paced_row_s: how long a row takes at least (settings.py says what for). run: by which it is stopped.
+    row_s: what a row took lately. cost: as measured; without it whoever asks has time.
+    """
 
     n_workers = 1
 
-    def __init__(self, model: ShardModel) -> None:
-        self.model = model
+    def __init__(self, model: ShardModel, paced_row_s: float = 0.0) -> None:
+        self.model, self.paced_row_s, self.run = model, paced_row_s, Run()
+        self.row_s = 0.0
+        self.cost: Cost | None = None
 
     def fits(self, budget_s: float) -> int:
-        return 1 << 30  # who asks here has time
+        return self.cost.fits(budget_s) if self.cost else 1 << 30
 
     def seconds(self, n: int) -> float:
-        return 0.0
+        return self.cost.seconds(n) if self.cost else 0.0
 
-    def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def slices(self, shard: Shard) -> Iterator[Slice]:
+        """Best candidates first. Raises StageFailed where the shard expires, is stopped or fails."""
+        request, n, start = self.model.request_inputs(shard.person), len(shard.candidates), 0
+        started = now = time.monotonic()
+        while start < n:
+            stop = start + slice_rows(self.row_s, n - start)
+            if shard.until <= now or self.run.is_stopped.is_set():
+                raise StageFailed("expired before it was done")
+            part = shard if stop - start == n else shard.part(start, stop)
+            scores = self.model.score(part, request, self.run.options)
+            if self.paced_row_s:
+                self.run.is_stopped.wait(max(0.0, started + stop * self.paced_row_s - time.monotonic()))
+            sliced_at, now = now, time.monotonic()
+            self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
+            yield Slice(now - sliced_at, start, scores, stop == n)
+            start = stop
+        if self.cost:
+            self.cost.observe(n, now - started)
+
+    def submit(self, shard: Shard, deliver: Deliver) -> Answer:
+        answer: Answer = Future()
         try:
-            deliver(0, self.model.score(shard))
+            for scored in self.slices(shard):
+                deliver(scored.start, scored.scores)
             answer.set_result(None)
         except StageFailed as e:
             answer.set_exception(e)
         return answer
+
+
+def slice_rows(row_s: float, n_left: int) -> int:
+    """How many of the rows that are left make the next of equal slices, when a row takes so many seconds."""
+    most = max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))
+    return ceil(n_left / ceil(n_left / most))

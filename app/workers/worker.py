@@ -1,51 +1,58 @@
-"""The child: scores one shard after the other until its socket closes.
+"""The child: takes a request its whole way, or scores a shard; one job after the other until its socket closes.
 
-The main thread scores, in slices, best candidates first; each is sent as soon as it is there, and one that has
-expired is not started. A second thread reads the socket meanwhile: it answers PING, and STOP ends the run that is
-under way (`RunOptions.terminate`). Its process ends when the parent closes the socket or dies.
+The main thread reads jobs and does them: a request by the funnel's own recipe (funnel.py) with the deep model in this
+process, a shard in slices, best candidates first, each sent as soon as it is there. What has expired is not started.
+A second thread reads a second socket: it answers PING, and STOP ends the job that is under way
+(`RunOptions.terminate`). The process ends when the parent closes the sockets or dies.
 """
 
 import contextlib
 import os
-import queue
 import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import ceil
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from app.bundle import load_re_ranker
-from app.errors import ServerError, StageFailed
-from app.flow import Candidates, Person
-from app.workers.messages import Frame, Kind, Slice, frame, generation_number, read_frames, read_shard, write_slice
+from app import wire
+from app.bundle import load
+from app.control.costs import Cost
+from app.control.deadline import Deadline
+from app.errors import InvalidRequest, ServerError, StageFailed
+from app.flow import Candidates, Person, Ranked
+from app.funnel import Funnel, outcome_of
+from app.warmup import UNHURRIED_S, offline_query
+from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import yield_to_everybody
-from app.workers.scoring import Shard, ShardModel
+from app.workers.scoring import InProcess, Run, Shard, ShardModel
 
 BEHIND = 10  # steps of niceness behind the loop: who hands out work comes first, or all wait for it
 WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape
-AT_ONCE = 1 << 16  # bytes that are taken from the socket
-SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
-LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
+AT_ONCE = 1 << 18  # bytes that are taken from a socket
+RESERVE_S = 2e-3  # for the way back of an answer, besides what the service keeps for the reply
+FIXED_S = 1e-4  # of scoring in this process, before the first row
 
 
-class Run:
-    """One shard under way; `stop` may be called from another thread."""
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a worker is told besides its bundle: see settings.py; costs of retrieval and pre-ranking."""
 
-    def __init__(self, asked: Frame, payload: bytes) -> None:
-        self.asked, self.payload = asked, payload
-        self.options, self.is_stopped = ort.RunOptions(), threading.Event()
-
-    def stop(self) -> None:
-        self.is_stopped.set()
-        self.options.terminate = True
+    paced_row_s: float = 0.0
+    reserve_s: float = 0.0
+    costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(1e-3, 1e-7), Cost(1e-3, 1e-7)))
 
 
-def work(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float, is_yielding: bool) -> None:
+Sockets = tuple[socket.socket, socket.socket]  # for jobs and their answers; for STOP and PING
+
+
+def work(sockets: Sockets, bundle: Path, digest: str, given: Given, is_yielding: bool) -> None:
     """The process of one worker, to its end.
 
     is_yielding: while it gets ready others serve, who mustn't notice. Linux keeps a priority for each thread: that of
@@ -57,115 +64,116 @@ def work(connection: socket.socket, bundle: Path, digest: str, paced_row_s: floa
         with ThreadPoolExecutor(1) as thread:
             if is_yielding:
                 thread.submit(yield_to_everybody)
-            ready = thread.submit(prepare, connection, bundle, digest, paced_row_s)
+            ready = thread.submit(prepare, sockets, bundle, digest, given)
         ready.result().serve()
 
 
-def prepare(connection: socket.socket, bundle: Path, digest: str, paced_row_s: float) -> "Worker":
-    """The worker on this socket, warm. What keeps it from working is told to the parent, then raised."""
+def prepare(sockets: Sockets, bundle: Path, digest: str, given: Given) -> "Worker":
+    """The worker on these sockets, warm. What keeps it from working is told to the parent, then raised."""
     try:
-        worker = Worker(connection, bundle, digest, paced_row_s)
+        worker = Worker(sockets, bundle, digest, given)
         worker.warm_up()
     except ServerError as e:
-        with connection:
-            connection.sendall(frame(Kind.FAILED, generation_number(digest), 0, str(e).encode()))
+        with sockets[0] as connection:
+            connection.sendall(frame(Kind.FAILED, generation_number(digest), 0, str(e)))
         raise
     return worker
 
 
 class Worker:
-    """Scores what comes over a socket with a bundle's re-ranker.
+    """Does what comes over a socket, with a bundle that its parent has verified."""
 
-    paced_row_s: how long a row takes at least (settings.py says what for).
-    """
-
-    def __init__(self, connection: socket.socket, bundle: Path, digest: str, paced_row_s: float = 0.0) -> None:
-        self.connection, self.own, self.paced_row_s = connection, generation_number(digest), paced_row_s
-        session, self.features, tables = load_re_ranker(bundle, digest)
-        self.model = ShardModel(session, self.features.re_ranker, tables)
-        self.row_s = 0.0  # of the last slices
-        self.inbox: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+    def __init__(self, sockets: Sockets, bundle: Path, digest: str, given: Given) -> None:
+        self.connection, self.control = sockets
+        self.own = generation_number(digest)
+        self.generation = load(bundle, digest, is_verified=True)
+        features, tables = self.generation.manifest.features, self.generation.tables
+        self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables), given.paced_row_s)
+        self.funnel = Funnel(self.generation, self.scorer, given.reserve_s + RESERVE_S, given.costs)
+        self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
         self.sending = threading.Lock()
 
     def serve(self) -> None:
-        """Answer shards until the other end closes."""
+        """Answer until the other end closes."""
         threading.Thread(target=self._listen, daemon=True).start()
         with contextlib.suppress(ConnectionError):  # a parent that is gone is no fault of ours
-            self._send(Kind.READY, 0, write_slice(Slice(self.row_s, 0, np.empty(0, np.float32), is_last=True)))
-            for run in iter(self.inbox.get, None):
-                self._answer(run)
+            self._send(Kind.READY, 0, max(self.scorer.row_s, self.scorer.paced_row_s))
+            for asked, said in received(self.connection):
+                self.scorer.run, self.job = Run(), asked.job
+                if self.stopped == asked.job:  # the other socket was faster
+                    self.scorer.run.stop()
+                self._answer(asked, said)
 
     def warm_up(self) -> None:
-        """Run the model at a few widths, on the first items and a person nothing is known of."""
-        n_items, d = self.model.tables["embedding"].shape
-        person = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in self.features.fields.items()})
-        took = []
+        """Run the model at a few widths, on the first items and a person nothing is known of; then what was proved."""
+        model = self.scorer.model
+        n_items, d = model.tables["embedding"].shape
+        fields = self.generation.manifest.features.fields
+        person, took = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in fields.items()}), []
         for n in WARM_UP:
             rows, started = np.arange(min(n, n_items)), time.monotonic()
             zeros = np.zeros(len(rows), np.float32)
             candidates = Candidates(rows, zeros, zeros.astype(np.uint32), np.zeros(d, np.float32))
-            self.model.score(Shard(person, candidates, {}, 0.0))
+            model.score(Shard(person, candidates, {}, 0.0))
             took.append((time.monotonic() - started) / len(rows))
-        self.row_s = min(took)  # in the others this process made way for another
+        self.scorer.row_s = min(took)  # in the others this process made way for another
+        self.scorer.cost = Cost(FIXED_S, max(self.scorer.row_s, self.scorer.paced_row_s))
+        for golden in self.generation.manifest.golden:
+            query = offline_query(golden.request, self.generation)
+            outcome_of(partial(self.funnel.narrow, lambda is_late, q=query: q, Deadline(time.monotonic(), UNHURRIED_S)))
 
-    # ------------------------------------------------------------------------------------- one shard
+    # --------------------------------------------------------------------------------------- one job
 
-    def _answer(self, run: Run) -> None:
-        job, started = run.asked.job, time.monotonic()
+    def _answer(self, asked: Frame, said: Any) -> None:
         try:
-            if run.asked.generation != self.own:
+            if asked.generation != self.own:
                 raise StageFailed("another generation than this worker's")
-            self._score(run, read_shard(run.payload, started), started)
+            if asked.kind is Kind.RANK:
+                self._send(Kind.RANKED, asked.job, self._ranked(said))
+            else:
+                shard, left_s = said
+                for scored in self.scorer.slices(replace(shard, until=time.monotonic() + left_s)):
+                    self._send(Kind.SCORES, asked.job, scored)
+        except InvalidRequest as e:
+            self._send(Kind.REFUSED, asked.job, e.errors)
         except StageFailed as e:
-            self._send(Kind.FAILED, job, b"stopped" if run.is_stopped.is_set() else str(e).encode())
+            self._send(Kind.FAILED, asked.job, "stopped" if self.scorer.run.is_stopped.is_set() else str(e))
         except ConnectionError:
             raise
         except Exception:  # a defect must reach the request's log, and must not cost the worker
-            self._send(Kind.BROKEN, job, traceback.format_exc().encode())
+            self._send(Kind.BROKEN, asked.job, traceback.format_exc())
 
-    def _score(self, run: Run, shard: Shard, started: float) -> None:
-        """Slice after slice. Raises StageFailed where the shard expires, is stopped or fails."""
-        request, n, start, now = self.model.request_inputs(shard.person), len(shard.candidates), 0, started
-        while start < n:
-            stop = start + slice_rows(self.row_s, n - start)
-            if shard.until <= now or run.is_stopped.is_set():
-                raise StageFailed("expired before it was done")
-            part = shard if stop - start == n else shard.part(start, stop)
-            scores = self.model.score(part, request, run.options)
-            if self.paced_row_s:
-                run.is_stopped.wait(max(0.0, started + stop * self.paced_row_s - time.monotonic()))
-            sliced_at, now = now, time.monotonic()
-            self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
-            scored = Slice(now - sliced_at, start, scores, stop == n)
-            self._send(Kind.SCORES, run.asked.job, write_slice(scored))
-            start = stop
+    def _ranked(self, asked: Asked) -> Ranked:
+        """Raises InvalidRequest."""
+        deadline = asked.deadline(time.monotonic())
+        parsed = wire.parse(asked.sent.body, wire.RankRequest)
+        resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
+        narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))
+        ranked: Ranked = outcome_of(partial(self.funnel.finish, narrowed))
+        return ranked
 
-    # ------------------------------------------------------------------------------------- the socket
+    # ------------------------------------------------------------------------------------- the sockets
 
     def _listen(self) -> None:
-        run: Run | None = None
-        received = bytearray()
-        with contextlib.suppress(OSError, ValueError):  # ValueError: not of this format; the process ends
-            while data := self.connection.recv(AT_ONCE):
-                received += data
-                for asked, payload in read_frames(received):
-                    if asked.kind is Kind.SHARD:
-                        run = Run(asked, payload)
-                        self.inbox.put(run)
-                    elif asked.kind is Kind.PING:
-                        self._send(Kind.PONG, asked.job)
-                    elif run and run.asked.job == asked.job:
-                        run.stop()
-        if run:
-            run.stop()
-        self.inbox.put(None)
+        for asked, _ in received(self.control):
+            if asked.kind is Kind.PING:
+                with contextlib.suppress(ConnectionError):
+                    self._send(Kind.PONG, asked.job)
+            else:
+                self.stopped = asked.job
+                if self.job == asked.job:
+                    self.scorer.run.stop()
+        self.scorer.run.stop()
 
-    def _send(self, kind: Kind, job: int, payload: bytes = b"") -> None:
+    def _send(self, kind: Kind, job: int, said: object = None) -> None:
         with self.sending:
-            self.connection.sendall(frame(kind, self.own, job, payload))
+            self.connection.sendall(frame(kind, self.own, job, said))
 
 
-def slice_rows(row_s: float, n_left: int) -> int:
-    """How many of the rows that are left make the next of equal slices, when a row takes so many seconds."""
-    most = max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))
-    return ceil(n_left / ceil(n_left / most))
+def received(connection: socket.socket) -> Iterator[tuple[Frame, Any]]:
+    """Frames with what they say, until the other end closes or sends what isn't of this format."""
+    held = bytearray()
+    with contextlib.suppress(OSError, ValueError):
+        while data := connection.recv(AT_ONCE):
+            held += data
+            yield from read_frames(held)

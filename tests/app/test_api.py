@@ -213,8 +213,9 @@ async def test_a_large_body_is_read_as_a_small_one_is(spoil):
 @pytest.mark.parametrize(
     ("request_", "is_aside"), [({}, False), ({"exclude": UNKNOWN}, True), (large_candidates(), True)]
 )
-async def test_only_a_large_request_is_parsed_off_the_event_loop_but_all_are_resolved_there(
-    app, monkeypatch, request_, is_aside
+@pytest.mark.parametrize("has_runner", [True, False])
+async def test_only_a_large_request_is_parsed_off_the_event_loop_and_none_is_resolved_on_it(
+    app, service, monkeypatch, request_, is_aside, has_runner
 ):
     seen = []
 
@@ -226,10 +227,12 @@ async def test_only_a_large_request_is_parsed_off_the_event_loop_but_all_are_res
         return run
 
     with monkeypatch.context() as patch:
+        if not has_runner:
+            patch.setattr(service.serving.funnel, "runner", None)
         for name in ("parse", "to_query"):
             patch.setattr(wire, name, noted(getattr(wire, name)))
         assert (await rank(app, request_ | PATIENT)).status == 200
-    assert seen == [is_aside, True]
+    assert seen == ([is_aside] if has_runner else [is_aside, True])
 
 
 def looks_up_slowly(patch) -> threading.Event:
@@ -248,6 +251,7 @@ def looks_up_slowly(patch) -> threading.Event:
 async def test_the_ids_of_a_large_request_hold_though_the_person_is_found_too_late(app, service, monkeypatch):
     exclude = [*UNKNOWN, world.item_id(21)]
     with monkeypatch.context() as patch:
+        patch.setattr(service.serving.funnel, "runner", None)
         released = looks_up_slowly(patch)
         request = {"user": {"id": "ann", "history": [world.item_id(20)]}, "exclude": exclude}
         answer = (await rank(app, request | HURRIED)).json()
@@ -618,9 +622,12 @@ async def test_draining_waits_for_what_is_in_flight(bundle):
 
 
 def breaks(service, monkeypatch, error, stage="preranking") -> None:
+    """Here, and so in no worker: test_worker.py is about those."""
+
     async def run(*_):
         raise error
 
+    monkeypatch.setattr(service.serving.funnel, "runner", None)
     monkeypatch.setattr(getattr(service.serving.funnel, stage), "run", run)
 
 
@@ -655,6 +662,7 @@ async def test_a_defect_is_500_with_a_request_id_and_without_a_trace(app, servic
 
 async def test_a_person_who_is_found_too_late_is_said(app, service, monkeypatch):
     with monkeypatch.context() as patch:
+        patch.setattr(service.serving.funnel, "runner", None)
         released = looks_up_slowly(patch)
         answer = (await rank(app, {"user": {"id": "cho"}} | HURRIED)).json()
         released.set()

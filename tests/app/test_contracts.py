@@ -59,8 +59,8 @@ async def pool(generation):
 
 
 @pytest.fixture(params=["preranking", "reranking in process", "reranking in workers"])
-def scorer(request, generation, threads, pool):
-    funnel = offline_funnel(generation, threads)
+def scorer(request, generation, pool):
+    funnel = offline_funnel(generation)
     stage = {
         "preranking": funnel.preranking,
         "reranking in process": funnel.reranking,

@@ -57,7 +57,7 @@ def exact_rows(request):
 
 
 @pytest.fixture(scope="module", params=list(SEARCH))
-def over(request, generation, threads):
+def over(request, generation):
     """Retrieval over the random catalogue with an index of this kind."""
     kind = request.param
     retriever = generation.manifest.retrievers[0].model_copy(

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -173,10 +172,10 @@ async def test_ties_break_by_row(funnel, ask):
     assert (await rank_offline(funnel, query)).rows.tolist() == [2, 4, 17, 30, 44]
 
 
-async def test_text_ids_give_the_same_ranking(text_generation, threads):
+async def test_text_ids_give_the_same_ranking(text_generation):
     request = {"user": {"id": 3}, "exclude": [f"item-{world.item_id(21)}"]}
     query = offline_query(request, text_generation)
-    ranking = await rank_offline(offline_funnel(text_generation, threads), query)
+    ranking = await rank_offline(offline_funnel(text_generation), query)
     assert query.person.is_known
     assert ranking.rows.tolist() == [22, 23, 24, 25, 26]
     assert text_generation.ids.external(ranking.rows)[0] == f"item-{world.item_id(22)}"
@@ -247,7 +246,8 @@ class Workers:
     """A scorer whose answers the test decides: scores, an exception to set, or None for never."""
 
     def __init__(self, n_workers, answer) -> None:
-        self.n_workers, self.answer, self.n_shards = n_workers, answer, 0
+        self.n_workers = self.n_free = n_workers
+        self.answer, self.n_shards = answer, 0
 
     def fits(self, budget_s):
         return 10_000
@@ -305,22 +305,23 @@ async def test_without_retrieval_the_callers_candidates_are_still_ranked(funnel,
 
 async def test_a_search_that_hangs_is_late_and_the_request_is_answered(generation, ask):
     released = threading.Event()
-    with ThreadPoolExecutor(2) as threads:
-        funnel = offline_funnel(generation, threads)
-        funnel.retrieval.search = lambda *_: released.wait(60)
-        ranking = await world.rank_by(Deadline(time.monotonic(), 1.0), funnel, ask())
-        released.set()
+    funnel = offline_funnel(generation)
+    funnel.retrieval.search = lambda *_: released.wait(60)
+    ranking = await world.rank_by(Deadline(time.monotonic(), 1.0), funnel, ask())
+    released.set()
     assert Degradation(Stage.RETRIEVAL, "late", "popular items") in ranking.degradations
     assert len(ranking) == world.K
 
 
 async def test_what_a_request_takes_follows_its_quality_and_what_is_side_by_side(funnel):
     funnel.retrieval.cost, funnel.preranking.cost = Cost(1e-3, 1e-5), Cost(0.0, 1e-5)
-    funnel.reranking.cost = Cost(2e-3, 1e-4)
+    funnel.reranking.cost, scorer = Cost(2e-3, 1e-4), funnel.reranking.scorer
     widths = funnel.generation.manifest.funnel
     retrieve, rerank = max(widths.retrieve // 2, widths.rerank), widths.rerank // 2
-    assert funnel.seconds(0.5, 2) == pytest.approx((1e-3 + 2e-5 * retrieve) / 2 + 2e-3 + 1e-4 * rerank)
-    assert funnel.seconds(1.0, 1) > funnel.seconds(0.5, 1) > funnel.seconds(0.5, 2)
+    one, all_on_one = funnel.seconds(0.5), funnel.seconds(1.0)
+    scorer.n_workers = 2
+    assert funnel.seconds(0.5) == pytest.approx((1e-3 + 2e-5 * retrieve) / 2 + 2e-3 + 1e-4 * rerank)
+    assert all_on_one > one > funnel.seconds(0.5)
 
 
 async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):
@@ -331,12 +332,11 @@ async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generati
         resolved.append(is_late)
         return offline_query({"user": {"id": "ann"}}, generation)
 
-    with ThreadPoolExecutor(2) as threads:
-        funnel = offline_funnel(generation, threads)
-        funnel.retrieval.search = lambda *_: released.wait(60)
-        query, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 0.5))
-        released.set()
-    assert resolved == [False]
+    funnel = offline_funnel(generation)
+    funnel.retrieval.search = lambda *_: released.wait(60)
+    query, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 0.5))
+    released.set()
+    assert resolved == [False, False]  # the first went down with its search
     assert query.person.is_known
     assert [(d.stage, d.reason) for d in ranking.degradations][:2] == [
         (Stage.RETRIEVAL, "late"),

@@ -1,111 +1,119 @@
-"""The worker's loop, run in a thread of this process with a socket at its other end."""
+"""The worker's loop, run in a thread of this process with its two sockets at the other end."""
 
 import socket
 import threading
 
 import numpy as np
+import orjson
 import pytest
 
-from app.bundle import load_re_ranker
-from app.errors import BundleError
-from app.warmup import offline_query
-from app.workers import worker
-from app.workers.messages import HEADER, Kind, frame, generation_number, read_header, read_slice, write_shard
+from app.errors import BundleError, StageFailed
+from app.flow import Sent, Stage
+from app.warmup import offline_query, rank_offline
+from app.workers import scoring, worker
+from app.workers.messages import HEADER, Asked, Kind, frame, generation_number, read_frames, read_header
 from app.workers.scoring import Shard
 from tests import world
 
 LONG_S = 600.0
+JOB = 5
+
+
+def receive(connection: socket.socket):
+    head = connection.recv(HEADER.size, socket.MSG_WAITALL)
+    length = read_header(head).length
+    ((header, said),) = read_frames(bytearray(head + (connection.recv(length, socket.MSG_WAITALL) if length else b"")))
+    return header, said
+
+
+class Child:
+    """A worker's main loop in a thread, and the parent's ends of its sockets."""
+
+    def __init__(self, generation, paced_row_s: float = 0.0) -> None:
+        self.own = generation_number(generation.digest)
+        self.connection, self.theirs = socket.socketpair()
+        self.control, self.their_control = socket.socketpair()
+        self.connection.settimeout(60)
+        given = worker.Given(paced_row_s)
+        self.worker = worker.Worker((self.theirs, self.their_control), generation.path, generation.digest, given)
+        self.worker.warm_up()
+        self.thread = threading.Thread(target=self.worker.serve)
+
+    def start(self) -> "Child":
+        self.thread.start()
+        assert self.receive()[0].kind is Kind.READY
+        return self
+
+    def receive(self):
+        """The next frame, and what it says."""
+        return receive(self.connection)
+
+    def ask(self, kind: Kind, said: object, own: int | None = None) -> None:
+        self.connection.sendall(frame(kind, self.own if own is None else own, JOB, said))
+
+    def tell(self, kind: Kind, job: int = JOB) -> None:
+        self.control.sendall(frame(kind, self.own, job))
+
+    def end(self) -> None:
+        for parents in (self.connection, self.control):
+            parents.close()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        for childs in (self.theirs, self.their_control):
+            childs.close()
 
 
 @pytest.fixture
 def child(generation):
-    """One end of a socket; a worker's loop is at the other."""
-    ours, theirs = socket.socketpair()
-    thread = start(theirs, generation)
-    ours.settimeout(60)
-    assert receive(ours)[0].kind is Kind.READY
-    yield ours
-    ours.close()
-    thread.join()
-    theirs.close()
+    child = Child(generation).start()
+    yield child
+    child.end()
 
 
-def start(connection: socket.socket, generation, paced_row_s: float = 0.0) -> threading.Thread:
-    """A worker's main loop on this socket."""
-    child = worker.Worker(connection, generation.path, generation.digest, paced_row_s)
-    child.warm_up()
-    thread = threading.Thread(target=child.serve)
-    thread.start()
-    return thread
-
-
-def receive(connection: socket.socket):
-    header = read_header(connection.recv(HEADER.size))
-    return header, connection.recv(header.length)  # whole: it was sent at once
-
-
-def send_shard(connection, generation, funnel, *, remaining_s=LONG_S, own=None) -> Shard:
+def send_shard(child, generation, funnel, *, remaining_s=LONG_S, own=None) -> Shard:
     query = offline_query({"user": {"id": "cho"}}, generation)
     shard = Shard(query.person, funnel.retrieval.search(query, 20), {}, until=0.0)
-    payload = write_shard(shard, remaining_s, n_history=50)
-    number = generation_number(generation.digest) if own is None else own
-    connection.sendall(frame(Kind.SHARD, number, 5, payload))
+    child.ask(Kind.SHARD, (shard, remaining_s), own)
     return shard
+
+
+def send_request(child, request, timeout_s=LONG_S, quality=1.0) -> None:
+    child.ask(Kind.RANK, Asked(Sent("r-1", orjson.dumps(request), None), timeout_s, timeout_s, quality))
+
+
+# --------------------------------------------------------------------------------------------- shards
 
 
 def test_a_child_answers_with_the_jobs_scores(child, generation, funnel):
     shard, scores = send_shard(child, generation, funnel), []
     while len(scores) < len(shard.candidates):  # in one slice, or more where the warm-up was slow
-        header, payload = receive(child)
-        assert (header.kind, header.job) == (Kind.SCORES, 5)
-        scores += read_slice(payload).scores.tolist()
+        header, scored = child.receive()
+        assert (header.kind, header.job) == (Kind.SCORES, JOB)
+        scores += scored.scores.tolist()
     expected = world.rerank_scores((20,), age=40, occupation=1)[shard.candidates.rows]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 def test_a_child_does_not_start_an_expired_shard(child, generation, funnel):
     send_shard(child, generation, funnel, remaining_s=-0.001)
-    header, payload = receive(child)
-    assert (header.kind, payload) == (Kind.FAILED, b"expired before it was done")
+    header, payload = child.receive()
+    assert (header.kind, payload) == (Kind.FAILED, "expired before it was done")
 
 
-def test_a_child_refuses_a_shard_of_another_generation(child, generation, funnel):
+def test_a_child_refuses_a_job_of_another_generation(child, generation, funnel):
     send_shard(child, generation, funnel, own=1)
-    header, payload = receive(child)
+    header, payload = child.receive()
     assert header.kind is Kind.FAILED
-    assert b"another generation" in payload
+    assert "another generation" in payload
 
 
-def test_a_child_refuses_another_bundle_than_its_parents(generation):
-    with pytest.raises(BundleError, match=r"manifest\.json: its SHA-256"):
-        load_re_ranker(generation.path, "0" * 64)
-
-
-def test_a_child_ends_when_its_parent_closes_the_socket(generation):
-    ours, theirs = socket.socketpair()
-    thread = start(theirs, generation)
-    receive(ours)
-    ours.close()
-    thread.join(60)
-    assert not thread.is_alive()
-    theirs.close()
-
-
-def test_a_child_ends_without_a_trace_when_its_parent_is_gone(generation):
-    ours, theirs = socket.socketpair()
-    ours.close()
-    start(theirs, generation).join(60)  # READY finds nobody
-    theirs.close()
-
-
-def test_a_child_that_can_not_start_says_why(generation):
-    ours, theirs = socket.socketpair()
-    with pytest.raises(BundleError):
-        worker.prepare(theirs, generation.path, "0" * 64, 0.0)
-    header, payload = receive(ours)
-    assert header.kind is Kind.FAILED
-    assert payload.startswith(b"manifest.json: its SHA-256")
-    ours.close()
+def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel, monkeypatch):
+    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left: min(8, n_left))
+    shard = send_shard(child, generation, funnel)
+    slices = [child.receive()[1] for _ in range(3)]
+    assert [(s.start, len(s.scores), s.is_last) for s in slices] == [(0, 8, False), (8, 8, False), (16, 4, True)]
+    expected = world.rerank_scores((20,), age=40, occupation=1)[shard.candidates.rows]
+    np.testing.assert_allclose(np.concatenate([s.scores for s in slices]), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,58 +121,168 @@ def test_a_child_that_can_not_start_says_why(generation):
     [(5e-6, 500, 250), (2e-5, 300, 150), (2e-5, 301, 101), (1e-4, 300, 30), (1e-3, 300, 8), (0.0, 256, 256)],
 )
 def test_slices_are_equal_and_take_three_milliseconds_at_most_within_8_and_256_rows(row_s, n_left, n):
-    assert worker.slice_rows(row_s, n_left) == n
+    assert scoring.slice_rows(row_s, n_left) == n
 
 
-def test_a_shard_comes_in_slices_best_first_and_the_last_says_so(child, generation, funnel, monkeypatch):
-    monkeypatch.setattr(worker, "slice_rows", lambda _, n_left: min(8, n_left))
-    shard = send_shard(child, generation, funnel)
-    slices = [read_slice(receive(child)[1]) for _ in range(3)]
-    assert [(s.start, len(s.scores), s.is_last) for s in slices] == [(0, 8, False), (8, 8, False), (16, 4, True)]
-    expected = world.rerank_scores((20,), age=40, occupation=1)[shard.candidates.rows]
-    np.testing.assert_allclose(np.concatenate([s.scores for s in slices]), expected, rtol=1e-5)
+# ------------------------------------------------------------------------------------------- requests
+
+REQUESTS = [
+    {"user": {"id": "ann"}, "k": 32},
+    {"user": {"history": [world.item_id(r) for r in (3, 13)]}, "filters": [{"field": "genres", "eq": "horror"}]},
+    {"candidates": [{"id": world.item_id(r), "features": {"bid": r}} for r in range(9)] + ["nobody"], "strict": True},
+    {"exclude": [world.item_id(r) for r in range(50)]},
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+async def test_a_request_is_ranked_as_in_the_parent(child, generation, funnel, request_):
+    query = offline_query(request_, generation)
+    expected = await rank_offline(funnel, query)
+    send_request(child, request_)
+    header, payload = child.receive()
+    assert (header.kind, header.job) == (Kind.RANKED, JOB)
+    found, ranking = payload
+    assert (found.request_id, found.k, found.ignored, found.is_strict) == (
+        "r-1",
+        query.k,
+        query.ignored,
+        query.is_strict,
+    )
+    assert found.person.history.tolist() == query.person.history.tolist()
+    assert found.person.is_known == query.person.is_known
+    assert ranking.rows.tolist() == expected.rows.tolist()
+    np.testing.assert_allclose(ranking.scores, expected.scores, rtol=1e-5)
+    assert ranking.stages.tolist() == expected.stages.tolist()
+    assert ranking.propensities.tolist() == expected.propensities.tolist()
+    assert (ranking.generation, ranking.empty_reason) == (expected.generation, expected.empty_reason)
+    assert (ranking.degradations, ranking.expected_ndcg_loss) == ((), 0.0)
+    for ours, theirs in zip(ranking.reports, expected.reports, strict=True):
+        assert (ours.stage, ours.wanted, ours.done, ours.n_out) == (
+            theirs.stage,
+            theirs.wanted,
+            theirs.done,
+            theirs.n_out,
+        )
+        assert (ours.outcome, ours.shards, ours.shards_ok) == (theirs.outcome, theirs.shards, theirs.shards_ok)
+
+
+def test_a_request_that_is_wrong_is_refused_with_its_fields(child):
+    send_request(child, {"filters": [{"field": "nothing", "eq": 1}]})
+    header, payload = child.receive()
+    assert header.kind is Kind.REFUSED
+    (error,) = payload
+    assert (error.field, error.value) == ("filters.0.field", "nothing")
+    assert error.allowed.startswith("no such table; allowed: ")
+
+
+def test_a_request_runs_at_the_quality_that_it_is_given(child):
+    send_request(child, {"user": {"id": "ann"}}, quality=0.5)
+    ranking = child.receive()[1].ranking
+    report = ranking.report(Stage.RERANKING)
+    assert report.done == report.wanted / 2
+    assert ranking.degradations[-1].reason == "narrowed_by_load"
+    assert 0 < ranking.extra_s < np.inf
+
+
+def test_what_a_child_has_no_time_for_is_carried(generation):
+    child = Child(generation, paced_row_s=0.01).start()  # 32 rows, of which 8 are the least that is tried
+    send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=0.25)
+    ranking = child.receive()[1].ranking
+    assert 0 < ranking.report(Stage.RERANKING).done < world.RERANK
+    assert len(ranking) == world.RERANK
+    assert ranking.extra_s == np.inf
+    child.end()
+
+
+# ------------------------------------------------------------------------------------------ stop, ping
 
 
 def test_a_ping_is_answered_while_a_shard_is_being_scored(generation, funnel):
-    ours, theirs = socket.socketpair()
-    thread = start(theirs, generation, paced_row_s=60.0)
-    receive(ours)
-    send_shard(ours, generation, funnel)  # 20 rows: twenty minutes
-    ours.sendall(frame(Kind.PING, generation_number(generation.digest), 0))
-    assert receive(ours)[0].kind is Kind.PONG
-    ours.close()
-    thread.join(60)
-    assert not thread.is_alive()
-    theirs.close()
+    child = Child(generation, paced_row_s=60.0).start()
+    send_shard(child, generation, funnel)  # 20 rows: twenty minutes
+    child.tell(Kind.PING)
+    assert child.receive()[0].kind is Kind.PONG
+    child.end()
 
 
 def test_a_run_that_is_stopped_ends_at_once(generation, funnel, monkeypatch):
-    monkeypatch.setattr(worker, "slice_rows", lambda _, n_left: min(8, n_left))
-    ours, theirs = socket.socketpair()
-    thread = start(theirs, generation, paced_row_s=60.0)
-    receive(ours)
-    send_shard(ours, generation, funnel)
-    ours.sendall(frame(Kind.STOP, generation_number(generation.digest), 4))  # another run: nothing happens
-    ours.sendall(frame(Kind.STOP, generation_number(generation.digest), 5))
-    answers = [receive(ours)]
+    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left: min(8, n_left))
+    child = Child(generation, paced_row_s=60.0).start()
+    begun = threading.Event()
+    score = child.worker.scorer.model.score
+    monkeypatch.setattr(child.worker.scorer.model, "score", lambda *given: (begun.set(), score(*given))[1])
+    send_shard(child, generation, funnel)
+    assert begun.wait(60)
+    child.tell(Kind.STOP, JOB - 1)  # another run: nothing happens
+    child.tell(Kind.STOP)
+    answers = [child.receive()]
     while answers[-1][0].kind is Kind.SCORES:  # the slice that was under way may still come
-        answers.append(receive(ours))
+        answers.append(child.receive())
     assert len(answers) <= 2
-    assert (answers[-1][0].kind, answers[-1][1]) == (Kind.FAILED, b"stopped")
-    ours.close()
-    thread.join(60)
-    theirs.close()
+    assert (answers[-1][0].kind, answers[-1][1]) == (Kind.FAILED, "stopped")
+    child.end()
 
 
-def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(child, generation, funnel, monkeypatch):
+# ------------------------------------------------------------------------------------------ life, faults
+
+
+def test_a_child_refuses_another_bundle_than_its_parents(generation):
+    pair = socket.socketpair()
+    with pytest.raises(BundleError, match=r"manifest\.json: its SHA-256"):
+        worker.Worker(pair, generation.path, "0" * 64, worker.Given())
+    for one in pair:
+        one.close()
+
+
+def test_a_child_ends_when_its_parent_closes_the_socket(generation):
+    Child(generation).start().end()
+
+
+def test_a_child_ends_without_a_trace_when_its_parent_is_gone(generation):
+    child = Child(generation)
+    child.connection.close()
+    child.thread.start()  # READY finds nobody
+    child.end()
+
+
+def test_a_child_that_can_not_start_says_why(generation):
+    ours, theirs = socket.socketpair()
+    _, control = pair = socket.socketpair()
+    with pytest.raises(BundleError):
+        worker.prepare((theirs, control), generation.path, "0" * 64, worker.Given())
+    header, why = receive(ours)
+    assert header.kind is Kind.FAILED
+    assert why.startswith("manifest.json: its SHA-256")
+    for one in (ours, *pair):
+        one.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.SHARD, Kind.RANK])
+def test_a_defect_in_a_child_is_told_apart_from_a_fault_and_does_not_end_it(
+    child, generation, funnel, monkeypatch, kind
+):
     def score(*_: object) -> None:
         raise TypeError("planted")
 
+    def send() -> None:
+        send_shard(child, generation, funnel) if kind is Kind.SHARD else send_request(child, {"user": {"id": "cho"}})
+
     with monkeypatch.context() as planted:
-        planted.setattr(worker.ShardModel, "score", score)
-        send_shard(child, generation, funnel)
-        header, payload = receive(child)
+        planted.setattr(scoring.ShardModel, "score", score)
+        send()
+        header, payload = child.receive()
     assert header.kind is Kind.BROKEN
-    assert b"TypeError: planted" in payload
-    send_shard(child, generation, funnel)
-    assert receive(child)[0].kind is Kind.SCORES
+    assert "TypeError: planted" in payload
+    send()
+    assert child.receive()[0].kind in (Kind.SCORES, Kind.RANKED)
+
+
+def test_a_fault_of_a_stage_in_a_child_costs_quality_not_the_answer(child, monkeypatch):
+    def score(*_: object) -> None:
+        raise StageFailed("planted")
+
+    monkeypatch.setattr(scoring.ShardModel, "score", score)
+    send_request(child, {"user": {"id": "cho"}})
+    ranking = child.receive()[1].ranking
+    assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RERANKING, "failed")]
+    assert len(ranking) == world.K
