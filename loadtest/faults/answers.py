@@ -13,7 +13,8 @@ from http import HTTPStatus
 import numpy as np
 
 from loadtest.agreement import Reference, differs, loss
-from loadtest.faults.lab import SLA_S, UNHURRIED_MS, Lab, failed, row, settle, sleep_until
+from loadtest.capacity import settle
+from loadtest.faults.lab import SLA_S, UNHURRIED_MS, Lab, failed, row, sleep_until
 from loadtest.launch import Server
 from loadtest.observed import Observed
 from loadtest.open_loop import constant, poisson

@@ -17,19 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from loadtest import launch, search
+from loadtest import capacity, launch
 from loadtest.agreement import Reference
 from loadtest.launch import Server
 from loadtest.observed import Floats, Observed
-from loadtest.open_loop import Attack, Generator, poisson
+from loadtest.open_loop import Attack, Generator
 from loadtest.table import Figure, Row, summary
 
 SLA_S = 0.1
-EASY_S = 0.05  # p99 at the capacity
 UNHURRIED_MS = 10_000
 POOL = 1_000  # fixed requests, each with its reference
-FIRST_GUESS = 50.0  # a second
-RECOVERY_S = 30.0  # to wait for a recovery before giving up on it
 
 
 @dataclass
@@ -97,20 +94,7 @@ class Lab:
         """Requests a second: the highest rate at the whole width with p99 <= 50 ms."""
         seconds, within = (3.0, 0.2) if self.is_quick else (10.0, 0.05)
         with self.service() as server:
-
-            def holds(rate: float) -> bool:
-                settle(server)
-                seen = self.attack(server, poisson(rate, seconds))
-                answered = float(seen.is_ok.mean())
-                covered = float(seen.coverage[seen.is_ok].mean()) if answered else 0.0
-                self.say(f"  {rate:.0f}/s: p99 {seen.percentile_s(99) * 1e3:.1f} ms, coverage {covered:.3f}")
-                return bool(answered >= 0.999 and covered >= 0.99 and seen.percentile_s(99) <= EASY_S)
-
-            rate = search.highest_rate(holds, FIRST_GUESS, within=within)
-        if not rate:
-            raise RuntimeError("no rate has p99 <= 50 ms at the whole width")
-        self.say(f"  capacity: {rate:.0f} a second")
-        return rate
+            return capacity.find(server, lambda due_s: self.attack(server, due_s), seconds, self.say, within=within)
 
     @property
     def half(self) -> float:
@@ -141,11 +125,6 @@ class Lab:
 
 
 # ------------------------------------------------------------------------------------- what rows are made of
-
-
-def settle(server: Server) -> float:
-    """Wait until the service runs at full quality; the seconds it took."""
-    return launch.wait_for(lambda: server.metric("winnow_quality") >= 1, RECOVERY_S, "full quality")
 
 
 def sleep_until(generator: Generator, at_s: float) -> None:

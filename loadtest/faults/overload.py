@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from loadtest import search
-from loadtest.faults.lab import SLA_S, Lab, failed, p99, row, settle, sleep_until
+from loadtest.capacity import settle
+from loadtest.faults.lab import SLA_S, Lab, failed, p99, row, sleep_until
 from loadtest.observed import Observed
 from loadtest.open_loop import constant, poisson
 from loadtest.table import Figure, Row
