@@ -1,4 +1,5 @@
 """python -m loadtest faults       break the running service in every way we know, and print what came of it
+python -m loadtest limits       the raw kernels in a bare loop, and what the service costs over them
 
 Exit codes: 0, 1 when a bar is missed, 2 for what can't be used. Progress goes to standard error, the tables and the
 one line of JSON to standard output.
@@ -10,7 +11,10 @@ import sys
 from importlib import import_module
 
 # command → its module, which has add_arguments(parser) and run(parser, parsed) → exit code; what its help says
-COMMANDS = {"faults": ("loadtest.faults.command", "the fault table")}
+COMMANDS = {
+    "faults": ("loadtest.faults.command", "the fault table"),
+    "limits": ("loadtest.limits.command", "the service over the raw kernels: the performance figure"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
