@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ models/bundles/w1b/manifest.json: | $(VENV)/loadtest.stamp
 
 bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models/bundles/w1b/manifest.json  ## faults and overload on a million items: over an hour
 	$(BIN)/python -m loadtest faults
+
+bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about half an hour
+	$(BIN)/python -m loadtest.bench_speed
 
 clean:  ## remove what was made: the venv, data, bundles, caches
 	rm -rf $(VENV) data models/bundles models/artefacts reports winnow.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -142,7 +142,11 @@ class Kernels:
         return Found(rows.take(at), scores.take(at), (embeddings, at))
 
     def prerank(self, asked: Asked, found: Found) -> Found:
-        """The best by the linear sum, in any order; the logistic function wouldn't change which."""
+        """The best by the linear sum, in any order.
+
+        The logistic function wouldn't change which, unless sums are beyond 17: float32 has no probability between
+        theirs and 1, and a funnel that goes by row among such items is told apart when answers are compared.
+        """
         logits = found.retrieval_scores * self.w_score
         for column, w in self.columns:
             logits += w * column(found.rows)
