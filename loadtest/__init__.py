@@ -3,11 +3,14 @@
     open_loop.py    requests at the instants they are due, whatever the answers do
     observed.py     what came back, in columns; latencies in a histogram
     search.py       the highest rate that holds, and a ramp to the peak
+    capacity.py     the highest rate at which a service is quick and whole
     launch.py       a service as a process: start, log, metrics, workers, stop
     noop.py         a server that does nothing, for control
     agreement.py    an answer against the full funnel's own: NDCG, loss, bootstrap, the same list
     table.py        figures, bars, the printed table, the line of JSON
     faults/         the rows of `python -m loadtest faults`
+    limits/         the raw kernels, and what the service costs over them: `python -m loadtest limits`
+    bench_speed.py  the bars of that on W1
 
-Nothing here imports the service or the offline half.
+Nothing here imports the service or the offline half, but limits/kernels.py, which times what a service is made of.
 """
