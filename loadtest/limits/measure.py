@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,10 @@ QUICK = Lengths(rounds=2, hot_s=0.3, loaded_s=1.5, unloaded_s=1.0, search_s=2.0,
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One run of the service: CPU a request in all and by part, latencies, mean seconds of its stages; in ms."""
+    """One run of the service: CPU a request in all and by part, latencies, its stages' means; in milliseconds.
+
+    sent_late_ms: 99th percentile of the generator's own lateness, which is in the latencies.
+    """
 
     n: int
     cpu_ms: float
@@ -63,6 +67,7 @@ class Load:
     p50_ms: float
     p99_ms: float
     stage_ms: dict[str, float]
+    sent_late_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +185,7 @@ def measure_limits(
 def compare(server: Server, kernels: BareLoop, n: int) -> None:
     """The service's full answers to n of the requests are the kernels'. Raises RuntimeError that says which isn't."""
     for number in np.unique(np.linspace(0, len(kernels.bodies) - 1, n).astype(int)).tolist():
-        unhurried = json.loads(kernels.bodies[number]) | {"timeout_ms": UNHURRIED_MS}
-        given, (full, k) = server.rank(json.dumps(unhurried).encode()), kernels.answer(number)
+        given, (full, k) = unhurried(server, kernels.bodies[number]), kernels.answer(number)
         ids = [item["id"] for item in given["items"]]
         scores = np.array([item["score"] for item in given["items"]], np.float32)
         if given["degraded"]:
@@ -192,6 +196,17 @@ def compare(server: Server, kernels: BareLoop, n: int) -> None:
             why = differs(ids, scores, full, TOLERANCE)
         if why:
             raise RuntimeError(f"request {number}: the service's answer isn't the kernels': {why}")
+
+
+def unhurried(server: Server, body: bytes) -> Any:
+    """The answer with ten seconds to make it; asked again where a busy machine had lowered the quality."""
+    patient = json.dumps(json.loads(body) | {"timeout_ms": UNHURRIED_MS}).encode()
+    for _ in range(MOST_BROKEN):
+        answer = server.rank(patient)
+        if not answer["degraded"]:
+            break
+        capacity.settle(server)
+    return answer
 
 
 def load(server: Server, bodies: Sequence[bytes], due_s: Floats) -> Load | None:
@@ -213,6 +228,7 @@ def load(server: Server, bodies: Sequence[bytes], due_s: Floats) -> Load | None:
         p50_ms=seen.percentile_s(50) * 1e3,
         p99_ms=seen.percentile_s(99) * 1e3,
         stage_ms={stage: float(seconds / count) * 1e3 for stage, (seconds, count) in gone.items()},
+        sent_late_ms=float(np.quantile(seen.sent_late_s, 0.99)) * 1e3,
     )
 
 

@@ -39,7 +39,7 @@ def test_limits_measures_a_real_service_and_ends_with_a_line_of_json(bundle, cap
         assert 0 < sum(run["cpu_parts_ms"].values()) <= run["cpu_ms"] * 1.01
     for run in found["service"].values():
         assert sum(run["cpu_parts_ms"].values()) == pytest.approx(run["cpu_ms"])
-        assert run["cpu_parts_ms"]["event loop"] > 0 and run["cpu_parts_ms"]["workers"] > 0
+        assert run["cpu_ms"] > 0 and run["sent_late_ms"] >= 0
         assert set(run["stage_ms"]) == {"retrieval", "preranking", "reranking", "selection"}
         assert min(run["stage_ms"].values()) > 0
     # Of one round, the medians are its own figures.
@@ -160,7 +160,7 @@ def timing(ms: float) -> Timing:
 
 
 def load(cpu_ms: float, p50_ms: float = 10.0, p99_ms: float = 20.0) -> Load:
-    return Load(100, cpu_ms, {"event loop": cpu_ms}, p50_ms, p99_ms, {"retrieval": 1.0})
+    return Load(100, cpu_ms, {"event loop": cpu_ms}, p50_ms, p99_ms, {"retrieval": 1.0}, 0.1)
 
 
 def limits(**changed) -> Limits:
@@ -212,12 +212,15 @@ class Answering:
     full = Reference((1, 2, 3), np.array([0.9, 0.5, 0.1], np.float32))
 
     def __init__(self, ids, scores, degraded=()) -> None:
-        items = [{"id": i, "score": s} for i, s in zip(ids, scores, strict=True)]
-        self.given, self.asked = {"items": items, "degraded": list(degraded)}, []
+        self.items = [{"id": i, "score": s} for i, s in zip(ids, scores, strict=True)]
+        self.degraded, self.asked = list(degraded), []  # the first answers are
 
     def rank(self, body):
         self.asked.append(json.loads(body))
-        return self.given
+        return {"items": self.items, "degraded": [self.degraded.pop()] if self.degraded else []}
+
+    def metric(self, name):
+        return {"winnow_quality": 1.0}[name]
 
     def answer(self, number):
         return self.full, 2
@@ -229,7 +232,7 @@ class Answering:
         ((1, 3), (0.9, 0.1), (), "item 3 stands at place 1"),
         ((1, 2), (0.9, 0.6), (), "item 2 has score 0.6"),
         ((1,), (0.9,), (), "1 items, not 2"),
-        ((1, 2), (0.9, 0.5), ({"stage": "reranking"},), "degraded without load"),
+        ((1, 2), (0.9, 0.5), ({"stage": "reranking"},) * 3, "degraded without load"),
     ],
     ids=["order", "score", "length", "degraded"],
 )
@@ -239,10 +242,10 @@ def test_kernels_that_do_other_work_than_the_service_are_not_timed(ids, scores, 
         measure.compare(both, both, 10)
 
 
-def test_kernels_that_give_the_services_answer_are():
-    both = Answering((1, 2), (0.9, 0.5))
+def test_kernels_that_give_the_services_answer_are_and_one_that_was_degraded_is_asked_again():
+    both = Answering((1, 2), (0.9, 0.5), [{"stage": "reranking"}])
     measure.compare(both, both, 10)
-    assert both.asked == [{"k": 2, "timeout_ms": 10_000}]
+    assert both.asked == [{"k": 2, "timeout_ms": 10_000}] * 2
 
 
 def test_requests_that_the_kernels_can_not_time_are_left_out_and_counted(bundle):
