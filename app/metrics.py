@@ -51,7 +51,7 @@ class Metrics:
 
     def __init__(self, sla_s: float) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        add, sla, arms = self._add, tuple(sla_s * share for share in SLA_SHARES), (NO_ARM,)
+        add, sla, arms = self._add, tuple(round(sla_s * share, 9) for share in SLA_SHARES), (NO_ARM,)
         self.requests = add(Counter, "requests", "Ranking requests by outcome.", outcome=OUTCOMES)
         self.seconds = add(Histogram, "request_seconds", "From the first header byte to the answer.", sla, arm=arms)
         seconds = add(Histogram, "stage_seconds", "Wall time of a stage.", SECONDS, stage=LABELS)
