@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,19 @@ bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models
 
 bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about half an hour
 	$(BIN)/python -m loadtest.bench_speed
+
+# Debian's package, unpacked and not installed: no root, no service that starts, nothing outside .venv.
+PROMETHEUS := $(VENV)/prometheus
+
+$(PROMETHEUS)/usr/bin/promtool:
+	mkdir -p $(PROMETHEUS)
+	cd $(PROMETHEUS) && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }
+	dpkg -x $(PROMETHEUS)/prometheus_*.deb $(PROMETHEUS)
+	rm $(PROMETHEUS)/prometheus_*.deb
+	touch $@
+
+monitoring-test: $(VENV)/dev.stamp $(PROMETHEUS)/usr/bin/promtool  ## alerts, dashboards: on a real Prometheus and service
+	PATH="$(abspath $(PROMETHEUS))/usr/bin:$$PATH" $(BIN)/python -m tests.monitoring
 
 clean:  ## remove what was made: the venv, data, bundles, caches
 	rm -rf $(VENV) data models/bundles models/artefacts reports winnow.egg-info .pytest_cache .mypy_cache .ruff_cache
