@@ -79,7 +79,7 @@ $(PROMETHEUS)/usr/bin/promtool:
 	rm $(PROMETHEUS)/prometheus_*.deb
 	touch $@
 
-monitoring-test: $(VENV)/dev.stamp $(PROMETHEUS)/usr/bin/promtool  ## alerts, dashboards: on a real Prometheus and service
+monitoring-test: $(VENV)/dev.stamp $(PROMETHEUS)/usr/bin/promtool  ## alerts and dashboards, on a real Prometheus
 	PATH="$(abspath $(PROMETHEUS))/usr/bin:$$PATH" $(BIN)/python -m tests.monitoring
 
 clean:  ## remove what was made: the venv, data, bundles, caches

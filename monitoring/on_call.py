@@ -95,7 +95,7 @@ GLANCE = (
     ),
     table(
         "Alerts",
-        "What fires now. Each alert has a section in docs/monitoring.md.",
+        "What fires now; no data is no alert. Each has a section in docs/monitoring.md.",
         'ALERTS{alertname=~"Winnow.*", alertstate="firing"}',
         ("alertname", "severity", "instance", "window"),
         width=24,

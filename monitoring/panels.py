@@ -19,6 +19,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 REFRESH = 2  # a variable's values are asked for again when the time range changes
 
 GREEN, YELLOW, ORANGE, RED = "green", "yellow", "orange", "red"
+LETTERS = "ABCDEFGHIJKL"  # of a panel's queries
 Steps = Sequence[tuple[float | None, str]]  # from which value on which colour; the first from None
 JsonObject = dict[str, Any]
 
@@ -49,13 +50,23 @@ class Panel:
     settings: JsonObject = field(default_factory=dict)
 
 
+LAST = {"calcs": ["lastNotNull"], "fields": "", "values": False}  # of a query's points, the one that is shown
+NO_LEGEND = {"showLegend": False, "displayMode": "list", "placement": "bottom", "calcs": []}
+
+
 def number(title: str, description: str, unit: str, expression: str, steps: Steps, decimals: int = 2) -> Panel:
     """The present value, large, coloured by its steps, over its course."""
-    reduced = {"calcs": ["lastNotNull"], "fields": "", "values": False}
-    options = {"reduceOptions": reduced, "colorMode": "background", "graphMode": "area", "textMode": "value"}
-    options |= {"justifyMode": "center", "orientation": "auto", "wideLayout": True}
-    shown = {"color": {"mode": "thresholds"}, "decimals": decimals}
-    return Panel("stat", title, description, unit, [Query(expression)], 4, 4, steps, shown, {"options": options})
+    options: JsonObject = {
+        "reduceOptions": LAST,
+        "colorMode": "background",
+        "graphMode": "area",
+        "textMode": "value",
+        "justifyMode": "center",
+        "orientation": "auto",
+        "wideLayout": True,
+    }
+    look: JsonObject = {"color": {"mode": "thresholds"}, "decimals": decimals}
+    return Panel("stat", title, description, unit, [Query(expression)], 4, 4, steps, look, {"options": options})
 
 
 def lines(
@@ -70,7 +81,7 @@ def lines(
     width: int = 8,
 ) -> Panel:
     """Series over time; steps beyond the first are drawn as lines."""
-    custom = {
+    custom: JsonObject = {
         "drawStyle": "line",
         "lineWidth": 1,
         "fillOpacity": 30 if is_stacked else 0,
@@ -80,8 +91,8 @@ def lines(
         "thresholdsStyle": {"mode": "dashed" if len(steps) > 1 else "off"},
         "scaleDistribution": {"type": "linear"},
     }
-    bounds = {name: value for name, value in (("min", least), ("max", most)) if value is not None}
-    shown = {"color": {"mode": "palette-classic"}, "custom": custom} | bounds
+    look: JsonObject = {"color": {"mode": "palette-classic"}, "custom": custom}
+    look |= {name: value for name, value in (("min", least), ("max", most)) if value is not None}
     legend = {
         "displayMode": "table",
         "placement": "bottom",
@@ -89,17 +100,18 @@ def lines(
         "calcs": ["mean", "max", "lastNotNull"],
     }
     options = {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}}
-    return Panel("timeseries", title, description, unit, queries, width, 9, steps, shown, {"options": options})
+    return Panel("timeseries", title, description, unit, queries, width, 9, steps, look, {"options": options})
 
 
 def heat(title: str, description: str, unit: str, expression: str, width: int = 12) -> Panel:
     """A histogram's buckets over time; the expression keeps the label le."""
-    options = {
+    color: JsonObject = {"mode": "scheme", "scheme": "Oranges", "steps": 64, "reverse": False}
+    color |= {"fill": "dark-orange", "scale": "exponential", "exponent": 0.5}
+    options: JsonObject = {
         "calculate": False,
         "cellGap": 1,
         "cellValues": {"unit": "cps"},
-        "color": {"mode": "scheme", "scheme": "Oranges", "fill": "dark-orange", "exponent": 0.5, "steps": 64}
-        | {"reverse": False, "scale": "exponential"},
+        "color": color,
         "exemplars": {"color": "rgba(255,0,255,0.7)"},
         "filterValues": {"le": 1e-9},
         "legend": {"show": True},
@@ -108,20 +120,28 @@ def heat(title: str, description: str, unit: str, expression: str, width: int = 
         "tooltip": {"mode": "single", "yHistogram": True, "showColorScale": False},
         "yAxis": {"axisPlacement": "left", "reverse": False, "unit": unit},
     }
-    shown = {"custom": {"scaleDistribution": {"type": "linear"}}}
+    look = {"custom": {"scaleDistribution": {"type": "linear"}}}
     query = Query(expression, "{{le}}", form="heatmap")
-    return Panel("heatmap", title, description, unit, [query], width, 9, look=shown, settings={"options": options})
+    return Panel("heatmap", title, description, unit, [query], width, 9, look=look, settings={"options": options})
 
 
 def bars(title: str, description: str, unit: str, *queries: Query, steps: Steps, width: int = 8) -> Panel:
     """One horizontal bar a query, in their order."""
-    reduced = {"calcs": ["lastNotNull"], "fields": "", "values": False}
-    options = {"reduceOptions": reduced, "orientation": "horizontal", "displayMode": "basic", "valueMode": "color"}
-    options |= {"namePlacement": "left", "showUnfilled": True, "sizing": "auto", "minVizHeight": 16, "minVizWidth": 8}
-    options |= {"maxVizHeight": 300, "legend": {"showLegend": False, "displayMode": "list", "placement": "bottom"}}
-    options["legend"] |= {"calcs": []}
-    shown = {"color": {"mode": "thresholds"}, "min": 0}
-    return Panel("bargauge", title, description, unit, queries, width, 9, steps, shown, {"options": options})
+    options: JsonObject = {
+        "reduceOptions": LAST,
+        "orientation": "horizontal",
+        "displayMode": "basic",
+        "valueMode": "color",
+        "namePlacement": "left",
+        "showUnfilled": True,
+        "sizing": "auto",
+        "minVizHeight": 16,
+        "minVizWidth": 8,
+        "maxVizHeight": 300,
+        "legend": NO_LEGEND,
+    }
+    look: JsonObject = {"color": {"mode": "thresholds"}, "min": 0}
+    return Panel("bargauge", title, description, unit, queries, width, 9, steps, look, {"options": options})
 
 
 def columns(
@@ -131,31 +151,37 @@ def columns(
 
     hidden: the name of one that isn't seen; then they stand on each other, and what is seen begins where it ends.
     """
-    letters = "ABCDEFG"[: len(named)]
-    queries = [Query(expression, form="table", is_instant=True) for _, expression in named]
-    renamed = {f"Value #{letter}": name for letter, (name, _) in zip(letters, named, strict=True)}
-    times = {f"Time {number}": True for number in range(1, len(named) + 1)}
+    renamed = {f"Value #{letter}": name for letter, (name, _) in zip(LETTERS[: len(named)], named, strict=True)}
+    times = {"Time": True} | {f"Time {number}": True for number in range(1, len(named) + 1)}
     transformations = [
         {"id": "joinByField", "options": {"byField": "step", "mode": "outer"}},
-        {"id": "organize", "options": {"excludeByName": {"Time": True} | times, "renameByName": renamed}},
+        {"id": "organize", "options": {"excludeByName": times, "renameByName": renamed}},
         {"id": "sortBy", "options": {"sort": [{"field": "step", "desc": False}]}},
     ]
-    legend = {"displayMode": "list", "placement": "bottom", "showLegend": not hidden, "calcs": []}
-    options = {"orientation": "horizontal", "xField": "step", "stacking": "normal" if hidden else "none"}
-    options |= {"showValue": "auto", "barWidth": 0.9, "groupWidth": 0.8, "fullHighlight": False, "barRadius": 0}
-    options |= {"xTickLabelRotation": 0, "xTickLabelMaxLength": 0, "xTickLabelSpacing": 0, "legend": legend}
-    options |= {"tooltip": {"mode": "multi", "sort": "none"}}
-    shown = {
-        "color": {"mode": "palette-classic"},
-        "custom": {"fillOpacity": 80, "lineWidth": 0, "gradientMode": "none"},
+    options: JsonObject = {
+        "orientation": "horizontal",
+        "xField": "step",
+        "stacking": "normal" if hidden else "none",
+        "showValue": "auto",
+        "barWidth": 0.9,
+        "groupWidth": 0.8,
+        "barRadius": 0,
+        "fullHighlight": False,
+        "xTickLabelRotation": 0,
+        "xTickLabelMaxLength": 0,
+        "xTickLabelSpacing": 0,
+        "legend": NO_LEGEND | {"showLegend": not hidden},
+        "tooltip": {"mode": "multi", "sort": "none"},
     }
     unseen = [
         {"id": "color", "value": {"mode": "fixed", "fixedColor": "transparent"}},
         {"id": "custom.hideFrom", "value": {"legend": True, "tooltip": True, "viz": False}},
     ]
     overrides = [{"matcher": {"id": "byName", "options": hidden}, "properties": unseen}] if hidden else []
+    look = {"color": {"mode": "palette-classic"}, "custom": {"fillOpacity": 80, "lineWidth": 0, "gradientMode": "none"}}
     settings = {"options": options, "transformations": transformations, "overrides": overrides}
-    return Panel("barchart", title, description, unit, queries, width, 9, look=shown, settings=settings)
+    queries = [Query(expression, form="table", is_instant=True) for _, expression in named]
+    return Panel("barchart", title, description, unit, queries, width, 9, look=look, settings=settings)
 
 
 def table(
@@ -167,11 +193,11 @@ def table(
         {"id": "filterFieldsByName", "options": {"include": {"names": list(shown)}}},
         {"id": "organize", "options": {"excludeByName": {}, "indexByName": order, "renameByName": {}}},
     ]
-    options = {"showHeader": True, "cellHeight": "sm", "frameIndex": 0}
-    options |= {"footer": {"show": False, "reducer": ["sum"], "countRows": False, "fields": ""}}
+    footer = {"show": False, "reducer": ["sum"], "countRows": False, "fields": ""}
+    options = {"showHeader": True, "cellHeight": "sm", "frameIndex": 0, "footer": footer}
+    look: JsonObject = {"custom": {"align": "auto", "cellOptions": {"type": "auto"}}}
     settings = {"options": options, "transformations": transformations}
     query = Query(expression, form="table", is_instant=True)
-    look = {"custom": {"align": "auto", "cellOptions": {"type": "auto"}}, "noValue": "none"}
     return Panel("table", title, description, "short", [query], width, height, look=look, settings=settings)
 
 
@@ -222,7 +248,7 @@ def _placed(rows: Iterable[tuple[str, Sequence[Panel]]]) -> list[JsonObject]:
     placed: list[JsonObject] = []
     y = 0
     for title, panels in rows:
-        header = {"type": "row", "title": title, "collapsed": False, "panels": []}
+        header: JsonObject = {"type": "row", "title": title, "collapsed": False, "panels": []}
         placed.append(header | {"id": len(placed) + 1, "gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}})
         x, y, tallest = 0, y + 1, 0
         for panel in panels:
@@ -242,18 +268,19 @@ def _panel(panel: Panel) -> JsonObject:
     shown = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}} | panel.look
     settings = dict(panel.settings)
     overrides = settings.pop("overrides", [])
+    letters = LETTERS[: len(panel.queries)]
     return {
         "type": panel.kind,
         "title": panel.title,
         "description": panel.description,
         "datasource": SOURCE,
         "fieldConfig": {"defaults": shown, "overrides": overrides},
-        "targets": [_target(query, letter) for query, letter in zip(panel.queries, "ABCDEFGHIJKL", strict=False)],
+        "targets": [_target(query, letter) for letter, query in zip(letters, panel.queries, strict=True)],
     } | settings
 
 
 def _target(query: Query, letter: str) -> JsonObject:
-    asked = {"refId": letter, "datasource": SOURCE, "editorMode": "code", "expr": query.expression}
+    asked: JsonObject = {"refId": letter, "datasource": SOURCE, "editorMode": "code", "expr": query.expression}
     return asked | {
         "legendFormat": query.legend or "__auto",
         "format": query.form,
@@ -264,8 +291,8 @@ def _target(query: Query, letter: str) -> JsonObject:
 
 def _link() -> JsonObject:
     """To the other dashboard, with the time and what is chosen."""
-    link = {"type": "dashboards", "tags": ["winnow"], "title": "Winnow", "asDropdown": False, "icon": "external link"}
-    return link | {"includeVars": True, "keepTime": True, "targetBlank": False, "tooltip": "", "url": ""}
+    link: JsonObject = {"type": "dashboards", "tags": ["winnow"], "title": "Winnow", "icon": "external link"}
+    return link | {"includeVars": True, "keepTime": True, "asDropdown": False, "targetBlank": False}
 
 
 def _source() -> JsonObject:
@@ -274,11 +301,17 @@ def _source() -> JsonObject:
 
 
 def _variable(v: Variable) -> JsonObject:
-    common = {"name": v.name, "label": v.label, "multi": v.is_multiple, "includeAll": v.is_multiple}
+    common: JsonObject = {"name": v.name, "label": v.label, "multi": v.is_multiple, "includeAll": v.is_multiple}
     if isinstance(v.values, str):
         chosen = {"text": ["All"], "value": ["$__all"]} if v.is_multiple else {}
         asked = {"query": v.values, "refId": "PrometheusVariableQueryEditor-VariableQuery", "qryType": 1}
-        more = {"type": "query", "datasource": SOURCE, "query": asked, "definition": v.values, "current": chosen}
+        more: JsonObject = {
+            "type": "query",
+            "datasource": SOURCE,
+            "query": asked,
+            "definition": v.values,
+            "current": chosen,
+        }
         return common | more | {"refresh": REFRESH, "sort": 1, "regex": ""}
     options = [{"text": value, "value": value, "selected": value == v.chosen} for value in v.values]
     more = {"type": "custom", "query": ", ".join(v.values), "options": options}
@@ -296,5 +329,5 @@ def _annotations() -> list[JsonObject]:
 
 
 def _annotation(name: str, color: str, expression: str, title: str, text: str) -> JsonObject:
-    what = {"name": name, "datasource": SOURCE, "enable": True, "hide": False, "iconColor": color}
+    what: JsonObject = {"name": name, "datasource": SOURCE, "enable": True, "hide": False, "iconColor": color}
     return what | {"expr": expression, "step": "15s", "titleFormat": title, "textFormat": text, "tagKeys": ""}

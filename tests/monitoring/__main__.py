@@ -7,6 +7,7 @@ must be on the PATH; `make monitoring-test` sees to that.
 
 import contextlib
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -131,4 +132,5 @@ def say(query: Asked, n: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     sys.exit(main())

@@ -21,6 +21,7 @@ from tests import world
 PACED_ROW_MS = 1  # 32 rows on 2 workers are 16 ms
 MOST_INFLIGHT = 8  # so that an overload is refused, whatever the machine
 CALM, CALM_S = 15.0, 8.0  # requests a second; seconds
+MIXED = 30.0  # a second, usual and odd ones
 OVERLOAD, OVERLOAD_S = 300.0, 4.0
 DEATHS = 3  # within 15 minutes are one too many
 PATIENCE_S = 60.0
@@ -65,7 +66,7 @@ def calm(server: Server) -> None:
 
 def everything(server: Server, bundles: Bundles) -> None:
     """Odd requests, dying workers, offered bundles, a rollback, an overload. Raises RuntimeError if one did nothing."""
-    due_s = poisson(CALM, 600.0)  # until it is stopped
+    due_s = poisson(MIXED, 600.0)  # until it is stopped
     generator = Generator(Attack(server.port, _bodies(USUAL + ODD), due_s))
     try:
         _kill_workers(server)

@@ -9,6 +9,7 @@ import yaml
 from app.settings import Settings
 from loadtest.launch import ROOT
 from monitoring import OBJECTIVE, SLA_S
+from tests.monitoring import grafana
 from tests.monitoring.names import exposed, matches, read_by, recorded, rules
 from tests.monitoring.prometheus import CASES, MONITORING
 
@@ -50,6 +51,14 @@ def test_an_alert_says_what_how_bad_and_where_it_is_written_up(alert):
 def test_there_is_a_section_for_each_alert_and_for_no_other():
     sections = re.findall(r"^### (Winnow\w+)$", GUIDE.read_text(), re.MULTILINE)
     assert sections == list(dict.fromkeys(alert["alert"] for alert in ALERTS))
+
+
+def test_the_sections_send_nobody_to_a_panel_that_is_not_there():
+    _, _, sections = GUIDE.read_text().partition("\n## Alerts\n")
+    named = set(re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", sections))
+    titles = [panel["title"] for board in grafana.DASHBOARDS for panel in board["panels"]]
+    assert named
+    assert not [name for name in named if not any(title.startswith(name) for title in titles)]
 
 
 def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
