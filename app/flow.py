@@ -199,8 +199,7 @@ class Scored:
         return Scored(self.candidates.take(at), sealed(self.scores[at]), self.stage, sealed(self.scored_by[at]))
 
 
-@dataclass(frozen=True, slots=True)
-class Degradation:
+class Degradation(NamedTuple):
     """A recorded departure from the full funnel: where, why, and what took its place."""
 
     stage: Stage
@@ -208,8 +207,7 @@ class Degradation:
     substitute: str
 
 
-@dataclass(frozen=True, slots=True)
-class StageReport:
+class StageReport(NamedTuple):
     """What one stage did for one request. `wanted` and `done` are widths, in candidates."""
 
     stage: Stage

@@ -58,6 +58,9 @@ def start(level: str) -> logging.handlers.QueueListener:
     root = logging.getLogger()
     root.handlers = [_Lossy(lines)]
     root.setLevel(level.upper())
+    # What no line shows isn't looked for either (the library's own advice on speed).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
     listener = _Unhurried(lines, output)
     listener.start()
