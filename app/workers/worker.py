@@ -19,22 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from app import wire
 from app.bundle import load
 from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.errors import InvalidRequest, ServerError, StageFailed
-from app.flow import Candidates, Person, Ranked
+from app.flow import Ranked, Stage
 from app.funnel import Funnel, outcome_of
 from app.warmup import UNHURRIED_S, offline_query
 from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import yield_to_everybody
-from app.workers.scoring import InProcess, Run, Shard, ShardModel
+from app.workers.scoring import InProcess, Run, ShardModel
 
 BEHIND = 10  # steps of niceness behind the loop: who hands out work comes first, or all wait for it
-WARM_UP = (1, 16, 256, 256, 256)  # rows: the runtime plans its memory by shape
 AT_ONCE = 1 << 18  # bytes that are taken from a socket
 RESERVE_S = 2e-3  # for the way back of an answer, besides what the service keeps for the reply
 FIXED_S = 1e-4  # of scoring in this process, before the first row
@@ -85,10 +82,10 @@ class Worker:
 
     def __init__(self, sockets: Sockets, bundle: Path, digest: str, given: Given) -> None:
         self.connection, self.control = sockets
-        self.own = generation_number(digest)
+        self.own, self.paced_row_s = generation_number(digest), given.paced_row_s
         self.generation = load(bundle, digest, is_verified=True)
         features, tables = self.generation.manifest.features, self.generation.tables
-        self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables), given.paced_row_s)
+        self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables))
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s + RESERVE_S, given.costs)
         self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
         self.sending = threading.Lock()
@@ -105,22 +102,16 @@ class Worker:
                 self._answer(asked, said)
 
     def warm_up(self) -> None:
-        """Run the model at a few widths, on the first items and a person nothing is known of; then what was proved."""
-        model = self.scorer.model
-        n_items, d = model.tables["embedding"].shape
-        fields = self.generation.manifest.features.fields
-        person, took = Person(np.empty(0, np.int64), {key: spec.filled() for key, spec in fields.items()}), []
-        for n in WARM_UP:
-            rows, started = np.arange(min(n, n_items)), time.monotonic()
-            zeros = np.zeros(len(rows), np.float32)
-            candidates = Candidates(rows, zeros, zeros.astype(np.uint32), np.zeros(d, np.float32))
-            model.score(Shard(person, candidates, {}, 0.0))
-            took.append((time.monotonic() - started) / len(rows))
+        """Run what the bundle was proved on, twice: memory maps, the runtime's plans, what a row takes."""
+        took = []
+        for golden in 2 * self.generation.manifest.golden:
+            query, deadline = offline_query(golden.request, self.generation), Deadline(time.monotonic(), UNHURRIED_S)
+            narrowed = outcome_of(partial(self.funnel.narrow, lambda is_late, q=query: q, deadline))
+            report = outcome_of(partial(self.funnel.finish, narrowed)).ranking.report(Stage.RERANKING)
+            took.append(report.seconds / report.done if report.done else UNHURRIED_S)
+        self.scorer.paced_row_s = self.paced_row_s
         self.scorer.row_s = min(took)  # in the others this process made way for another
         self.scorer.cost = Cost(FIXED_S, max(self.scorer.row_s, self.scorer.paced_row_s))
-        for golden in self.generation.manifest.golden:
-            query = offline_query(golden.request, self.generation)
-            outcome_of(partial(self.funnel.narrow, lambda is_late, q=query: q, Deadline(time.monotonic(), UNHURRIED_S)))
 
     # --------------------------------------------------------------------------------------- one job
 
