@@ -52,6 +52,8 @@ class Ids:
 
     def rows(self, wanted: Sequence[Id]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
+        if not wanted:
+            return np.empty(0, np.int64)
         # Whether the table's type can hold them: ten thousand take a millisecond.
         if self.is_text:  # numpy drops trailing NULs from text
             width = self.ids.dtype.itemsize // 4

@@ -67,12 +67,15 @@ def sealed(array: NDArray[A]) -> NDArray[A]:
     return array
 
 
-def best_first(scores: Scores, rows: Rows) -> Positions:
-    """Positions in falling order of score; what isn't finite sinks to the end; ties break by row."""
+def best_first(scores: Scores, rows: Rows, m: int | None = None) -> Positions:
+    """Positions of the m best, or of all, in falling order of score; what isn't finite sinks; ties break by row."""
     keys = -scores
     is_finite = np.isfinite(keys)
     if not is_finite.all():
         keys[~is_finite] = np.inf
+    if m is not None and 0 < m < len(keys) // 2:  # with all that tie with the last of them
+        near = np.flatnonzero(keys <= np.partition(keys, m - 1)[m - 1])
+        return near[best_first(scores[near], rows[near])[:m]]
     at = keys.argsort()
     ranked = keys[at]
     is_tie = ranked[1:] == ranked[:-1]
@@ -195,7 +198,7 @@ class Scored:
 
     def top(self, m: int) -> Scored:
         """The m best, best first; all of them in order when there are no more than m."""
-        at = best_first(self.scores, self.candidates.rows)[:m]
+        at = best_first(self.scores, self.candidates.rows, m)[:m]
         return Scored(self.candidates.take(at), sealed(self.scores[at]), self.stage, sealed(self.scored_by[at]))
 
 

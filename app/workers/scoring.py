@@ -23,8 +23,9 @@ from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Array, Arrays, Candidates, Person, Scores
 
-SLICE_S = 3e-3  # what a slice should take: a stop or the deadline costs about so much
-LEAST_ROWS, MOST_ROWS = 8, 256  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
+# What a slice should take: a tenth of the time left, but at least so much; the deadline costs that share of the rows.
+SLICE_SHARE, SLICE_S = 0.1, 3e-3
+LEAST_ROWS, MOST_ROWS = 8, 1024  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
 Answer = asyncio.Future[None] | Future[None]  # the second where it is there at once
 Deliver = Callable[[int, Scores], None]  # the first row of a slice in its shard, and the slice's scores
@@ -125,7 +126,7 @@ class InProcess:
         request, n, start = self.model.request_inputs(shard.person), len(shard.candidates), 0
         started = now = time.monotonic()
         while start < n:
-            stop = start + slice_rows(self.row_s, n - start)
+            stop = start + slice_rows(self.row_s, n - start, shard.until - now)
             if shard.until <= now or self.run.is_stopped.is_set():
                 raise StageFailed("expired before it was done")
             part = shard if stop - start == n else shard.part(start, stop)
@@ -150,7 +151,7 @@ class InProcess:
         return answer
 
 
-def slice_rows(row_s: float, n_left: int) -> int:
-    """How many of the rows that are left make the next of equal slices, when a row takes so many seconds."""
-    most = max(LEAST_ROWS, min(MOST_ROWS, int(SLICE_S / max(row_s, 1e-9))))
-    return ceil(n_left / ceil(n_left / most))
+def slice_rows(row_s: float, n_left: int, left_s: float) -> int:
+    """How many of the rows that are left make the next of equal slices, when a row takes row_s."""
+    most = max(SLICE_S, SLICE_SHARE * left_s) / max(row_s, 1e-9)
+    return ceil(n_left / ceil(n_left / max(LEAST_ROWS, min(MOST_ROWS, int(most)))))

@@ -227,6 +227,9 @@ async def test_the_best_come_first_ties_by_row_and_what_is_not_finite_last():
         scores[rng.random(n) < 0.1], scores[rng.random(n) < 0.1] = np.nan, -np.inf
         by_both = np.lexsort((rows, np.where(np.isfinite(scores), -scores, np.inf)))
         assert best_first(scores, rows).tolist() == by_both.tolist()
+        for m in (0, 1, n // 3, n - 1, n, n + 5):
+            if m >= 0:
+                assert best_first(scores, rows, m)[:m].tolist() == by_both[:m].tolist()
 
 
 async def test_reports_give_the_widths_of_the_drawing(funnel, ask):

@@ -108,7 +108,7 @@ def test_a_child_refuses_a_job_of_another_generation(child, generation, funnel):
 
 
 def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel, monkeypatch):
-    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left: min(8, n_left))
+    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left, __: min(8, n_left))
     shard = send_shard(child, generation, funnel)
     slices = [child.receive()[1] for _ in range(3)]
     assert [(s.start, len(s.scores), s.is_last) for s in slices] == [(0, 8, False), (8, 8, False), (16, 4, True)]
@@ -117,11 +117,19 @@ def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel,
 
 
 @pytest.mark.parametrize(
-    ("row_s", "n_left", "n"),
-    [(5e-6, 500, 250), (2e-5, 300, 150), (2e-5, 301, 101), (1e-4, 300, 30), (1e-3, 300, 8), (0.0, 256, 256)],
+    ("row_s", "n_left", "left_s", "n"),
+    [
+        (2e-5, 300, 0.03, 150),  # 3 ms, whatever is left: 150 rows
+        (2e-5, 301, 0.0, 101),
+        (1e-4, 300, -1.0, 30),
+        (1e-4, 300, 0.1, 100),  # a tenth of 100 ms: 100 rows
+        (1e-3, 300, 0.01, 8),
+        (5e-6, 2_000, 1.0, 1_000),  # 100 ms would be 20,000 rows
+        (0.0, 256, 0.1, 256),
+    ],
 )
-def test_slices_are_equal_and_take_three_milliseconds_at_most_within_8_and_256_rows(row_s, n_left, n):
-    assert scoring.slice_rows(row_s, n_left) == n
+def test_slices_are_equal_and_take_a_tenth_of_the_time_within_8_and_1024_rows(row_s, n_left, left_s, n):
+    assert scoring.slice_rows(row_s, n_left, left_s) == n
 
 
 # ------------------------------------------------------------------------------------------- requests
@@ -206,7 +214,7 @@ def test_a_ping_is_answered_while_a_shard_is_being_scored(generation, funnel):
 
 
 def test_a_run_that_is_stopped_ends_at_once(generation, funnel, monkeypatch):
-    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left: min(8, n_left))
+    monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left, __: min(8, n_left))
     child = Child(generation, paced_row_s=60.0).start()
     begun = threading.Event()
     score = child.worker.scorer.model.score
