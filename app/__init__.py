@@ -22,3 +22,9 @@ To change                                   open
   a metric, a log field                       metrics.py, log.py
   a tunable                                   settings.py
 """
+
+import os
+
+# onnxruntime's builds tell their maker what models they run, from a thread in every process, unless told not to before
+# they are imported; and all that imports them here imports this first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -42,15 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(g: Generation) -> None:
-    retriever, widths = g.manifest.retrievers[0], g.manifest.funnel
-    recall = retriever.recall
+    m, recall = g.manifest, g.manifest.retrievers[0].recall
     print(f"{g.name}: sound")
     print(f"  items       {g.n_items:,} x {g.d}; tables {', '.join(g.tables)}")
     print(f"  users       {len(g.users.ids) if g.users else 0:,}")
-    print(f"  index       {retriever.kind}, recall@{recall.at} {recall.reached:.3f} (asked: {recall.target})")
-    print(f"  widths      {widths.retrieve} -> {widths.rerank} -> {widths.k}")
-    print(f"  calibration from {g.manifest.calibration.n_requests} requests")
-    print(f"  golden      {len(g.manifest.golden)} requests reproduced")
+    print(f"  index       {m.retrievers[0].kind}, recall@{recall.at} {recall.reached:.3f} (asked: {recall.target})")
+    print(f"  widths      {m.funnel.retrieve} -> {m.funnel.rerank} -> {m.funnel.k}")
+    print(f"  calibration from {m.calibration.n_requests} requests")
+    print(f"  golden      {len(m.golden)} requests reproduced")
     print(f"  digest      {g.digest}")
 
 

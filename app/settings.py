@@ -71,9 +71,8 @@ class Settings:
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is {', '.join(LOG_LEVELS)}")
         for name in () if self.api_keys_file else ("host", "admin_host"):
-            given = f"WINNOW_{name.upper()}={getattr(self, name)}"
-            if not is_loopback(getattr(self, name)):
-                raise SettingsError(f"{given}: without WINNOW_API_KEYS_FILE only loopback is allowed")
+            if not is_loopback(at := getattr(self, name)):
+                raise SettingsError(f"WINNOW_{name.upper()}={at}: without WINNOW_API_KEYS_FILE only loopback will do")
 
 
 def is_loopback(host: str) -> bool:

@@ -84,7 +84,7 @@ def reads_environment(file: Path) -> list[str]:
 
 def test_only_settings_reads_the_environment(file):
     """Setting a variable for the libraries below us, or handing all of them to a child, is no reading."""
-    harmless = {"app/__main__.py": "os.environ.setdefault"}
+    harmless = dict.fromkeys(("app/__init__.py", "app/__main__.py"), "os.environ.setdefault")
     found = reads_environment(file)
     if name(file) == "app/settings.py":
         assert found
