@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,20 @@ $(PROMETHEUS)/usr/bin/promtool:
 
 monitoring-test: $(VENV)/dev.stamp $(PROMETHEUS)/usr/bin/promtool  ## alerts and dashboards, on a real Prometheus
 	PATH="$(abspath $(PROMETHEUS))/usr/bin:$$PATH" $(BIN)/python -m tests.monitoring
+
+# The newest that pyproject.toml allows, with the hashes of all their files. The second resolution only shows that the
+# same versions have wheels for ARM too.
+$(VENV)/lock.stamp: $(VENV)/serve.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'
+	touch $@
+
+LOCK := $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --only-binary :all: --custom-compile-command 'make lock'
+
+lock: $(VENV)/lock.stamp  ## pin what the image installs, with hashes: requirements.lock
+	$(LOCK) --generate-hashes --python-platform x86_64-manylinux_2_28 pyproject.toml --output-file requirements.lock
+	$(LOCK) --python-platform aarch64-manylinux_2_28 --constraints requirements.lock pyproject.toml >/dev/null
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+	  | $(LOCK) --generate-hashes --no-annotate --output-file requirements-build.lock -
 
 clean:  ## remove what was made: the venv, data, bundles, caches
 	rm -rf $(VENV) data models/bundles models/artefacts reports winnow.egg-info .pytest_cache .mypy_cache .ruff_cache
