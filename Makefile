@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock image-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,5 +96,8 @@ lock: $(VENV)/lock.stamp  ## pin what the image installs, with hashes: requireme
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
 	  | $(LOCK) --generate-hashes --no-annotate --output-file requirements-build.lock -
 
+image-test: $(VENV)/dev.stamp  ## build the image and run it hardened: Debian and root, for podman and buildah; minutes
+	$(BIN)/pytest -vv -rP tests/deploy/test_dockerfile.py tests/deploy/test_compose.py tests/image/hardened.py
+
 clean:  ## remove what was made: the venv, data, bundles, caches
-	rm -rf $(VENV) data models/bundles models/artefacts reports winnow.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data models/bundles models/artefacts reports build winnow.egg-info .pytest_cache .mypy_cache .ruff_cache
