@@ -1,6 +1,7 @@
 """What the tests of compose and of the Kubernetes manifests read alike."""
 
 import sys
+import tomllib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
+VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 BIN = Path(sys.executable).parent  # of the venv: the linters' commands are there
 SETTINGS = {f"WINNOW_{f.name.upper()}": f for f in fields(Settings)}
 # What a stop takes besides draining and lingering, seconds: connections end (app/main.py), workers (workers/pool.py).

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.manifests import BIN, ROOT, stop_s, unknown
+from tests.deploy.manifests import BIN, ROOT, VERSION, stop_s, unknown
 
 FILE = ROOT / "docker-compose.yml"
 COMPOSE: dict[str, Any] = yaml.safe_load(FILE.read_text())
@@ -46,6 +46,12 @@ def test_every_log_has_a_bound(service):
 
 def test_every_image_is_pinned_to_a_version(service):
     assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", filled(service["image"]))
+
+
+def test_the_image_is_this_version():
+    given = SERVICES["winnow"]
+    assert filled(given["image"]) == f"winnow:{VERSION}"
+    assert filled(given["build"]["args"]["VERSION"]) == VERSION
 
 
 def test_what_is_mounted_from_the_machine_is_read_only(service):

@@ -42,7 +42,7 @@ print(answer.read().decode())
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Images and containers under one folder; `base_size` and `size` are bytes."""
+    """Images and containers under one folder, apart from those that the machine has."""
 
     folder: Path
 
