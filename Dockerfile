@@ -37,7 +37,6 @@ COPY --from=build /opt/winnow /opt/winnow
 # Both ports on every address of the container, which the service takes only with a WINNOW_API_KEYS_FILE.
 ENV PATH=/opt/winnow/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 \
     WINNOW_HOST=0.0.0.0 \
     WINNOW_PORT=8000 \
     WINNOW_ADMIN_HOST=0.0.0.0 \
@@ -46,7 +45,8 @@ ENV PATH=/opt/winnow/bin:$PATH \
 # Numbers, so that an orchestrator can see that it isn't root; nobody needs a name.
 USER 10001:10001
 WORKDIR /
-EXPOSE 8000 8001
+# The ranking port only: what publishes all exposed ports must not publish the admin port.
+EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 CMD ["python", "-I", "-S", "-c", "\
 import http.client, os; \

@@ -7,13 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from app.settings import Settings
+from app.workers.pool import CLOSE_S
 
 ROOT = Path(__file__).parent.parent.parent
 VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 BIN = Path(sys.executable).parent  # of the venv: the linters' commands are there
 SETTINGS = {f"WINNOW_{f.name.upper()}": f for f in fields(Settings)}
-# What a stop takes besides draining and lingering, seconds: connections end (app/main.py), workers (workers/pool.py).
-ENDS_S = 2.0 + 2.0
+ENDS_S = 2.0 + CLOSE_S  # of a stop, besides draining and lingering: connections end (app/main.py), workers end
 
 
 def unknown(names: Iterable[str]) -> list[str]:

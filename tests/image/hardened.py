@@ -96,6 +96,10 @@ def test_it_is_run_by_a_number_that_is_not_root(store):
     assert int(group) > 0
 
 
+def test_the_admin_port_is_not_among_those_that_it_exposes(store):
+    assert list(store.inspect("image", IMAGE)["Config"]["ExposedPorts"]) == ["8000/tcp"]
+
+
 def test_it_says_what_it_is(store):
     labels = store.inspect("image", IMAGE)["Config"]["Labels"]
     wanted = {
@@ -195,7 +199,7 @@ def test_workers_that_die_are_replaced_and_leave_no_zombies(store, folder):
         assert ranks_well(container)
 
 
-# Kills all workers but the spares, waits until others are there, then counts what nobody has waited for.
+# Kills all workers, waits until others are there, then counts the dead that nobody has waited for.
 KILL_WORKERS = """
 import glob, json, os, signal, time, urllib.request
 
