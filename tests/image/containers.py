@@ -64,15 +64,7 @@ class Store:
         self.run("podman", "import", str(stand_in.base()), BASE)
         configured = self.folder / "pip.conf"
         seen = [f"--volume={path}:{path}:ro" for path in stand_in.pip_configuration(configured)]
-        how = [
-            "--isolation",
-            "chroot",
-            "--format",
-            "docker",
-            "--pull-never",
-            "--secret",
-            f"id=pip_conf,src={configured}",
-        ]
+        how = ["--isolation", "chroot", "--format", "docker", "--secret", f"id=pip_conf,src={configured}"]
         self.run("buildah", "bud", *how, *seen, "--build-arg", f"BASE={BASE}", "--tag", IMAGE, str(ROOT))
 
     def inspect(self, kind: str, name: str) -> Any:
