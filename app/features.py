@@ -133,6 +133,11 @@ class FeatureSchema(Strict):
         of_pre_ranker = {name: FieldSpec() for name in self.pre_ranker if name.startswith(sent)}
         return of_pre_ranker | {i.key: i for i in self.user_tower + self.re_ranker if i.field}
 
+    @cached_property
+    def of_request(self) -> dict[str, FieldSpec]:
+        """Those that come once a request."""
+        return {key: spec for key, spec in self.fields.items() if not key.startswith("candidate.")}
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:

@@ -41,7 +41,7 @@ def resolve(
 
 def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, Array]:
     """What was sent, else what the user table has in this row, else the defaults."""
-    specs = {key: s for key, s in generation.manifest.features.fields.items() if not key.startswith("candidate.")}
+    specs = generation.manifest.features.of_request
     fields = {key: spec.filled() for key, spec in specs.items()}
     for name, table in generation.users.tables.items() if generation.users and row != NO_ROW else ():
         if spec := specs.get(f"user.{name}"):

@@ -33,7 +33,6 @@ from app.workers.scoring import InProcess, Run, ShardModel
 
 BEHIND = 10  # steps of niceness behind the loop: who hands out work comes first, or all wait for it
 AT_ONCE = 1 << 18  # bytes that are taken from a socket
-RESERVE_S = 2e-3  # for the way back of an answer, besides what the service keeps for the reply
 FIXED_S = 1e-4  # of scoring in this process, before the first row
 
 
@@ -86,7 +85,7 @@ class Worker:
         self.generation = load(bundle, digest, is_verified=True)
         features, tables = self.generation.manifest.features, self.generation.tables
         self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables))
-        self.funnel = Funnel(self.generation, self.scorer, given.reserve_s + RESERVE_S, given.costs)
+        self.funnel = Funnel(self.generation, self.scorer, given.reserve_s, given.costs)
         self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
         self.sending = threading.Lock()
 

@@ -35,11 +35,11 @@ def test_what_is_wrong_with_a_request_comes_back_field_by_field():
 
 
 @given(st.floats(-1, 1e4), st.floats(1e-3, 10), st.floats(0, 1e6))
-def test_the_time_left_crosses_and_no_instant(left_s, timeout_s, now):
+def test_the_time_left_crosses_and_no_instant_and_the_way_back_is_taken_off(left_s, timeout_s, now):
     asked = read_back(Asked(Sent("r", b"{}", None), left_s, timeout_s, 1.0))
-    deadline = asked.deadline(now)
-    assert deadline.timeout_s == timeout_s
-    assert deadline.started_at + deadline.timeout_s == pytest.approx(now + left_s, abs=1e-6)
+    deadline, way_back_s = asked.deadline(now), min(0.002, timeout_s / 10)
+    assert deadline.timeout_s == pytest.approx(timeout_s - way_back_s)
+    assert deadline.started_at + deadline.timeout_s == pytest.approx(now + left_s - way_back_s, abs=1e-6)
 
 
 @given(st.sampled_from(Kind), NUMBERS, NUMBERS, st.none() | st.binary(max_size=40))
