@@ -6,6 +6,8 @@ python -m models evaluate BUNDLE --requests FILE
                                            what the funnel loses against its own re-ranker
 python -m models synthesize --items 1_000_000
                                            a made-up world of any size, packed, with requests to load it
+python -m models rewidth BUNDLE --retrieve N --rerank N --out BUNDLE
+                                           the same bundle at other widths, by links
 python -m models demo                      all of it, served, with one request printed
 
 Exit codes: 0; 1 if the demo's service can't be started or asked; 2 for what can't be fetched, packed or evaluated;
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         ("pack", _pack, _pack_options),
         ("evaluate", _evaluate, _evaluate_options),
         ("synthesize", _synthesize, _synthesize_options),
+        ("rewidth", _rewidth, _rewidth_options),
         ("demo", _demo, _demo_options),
     ):
         command = commands.add_parser(name)
@@ -89,6 +92,14 @@ def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
+    command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _rewidth_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--retrieve", type=int, required=True, help="candidates that retrieval finds")
+    command.add_argument("--rerank", type=int, required=True, help="candidates that the deep model scores")
+    command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
 
 
@@ -143,6 +154,12 @@ def _synthesize(parsed: argparse.Namespace) -> None:
         force=parsed.force,
         say=partial(print, flush=True),
     )
+
+
+def _rewidth(parsed: argparse.Namespace) -> None:
+    from models.rewidth import rewidth
+
+    rewidth(parsed.bundle, parsed.out, retrieve=parsed.retrieve, rerank=parsed.rerank, force=parsed.force)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

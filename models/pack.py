@@ -66,12 +66,12 @@ def pack(
         raise PackError(f"--recall: is {recall:g}; allowed is more than 0 and at most 1")
     config = read_config(config_file)
     check_target(out, force)
-    with _draft_beside(out) as draft:
+    with draft_beside(out) as draft:
         try:
             generation = _fill(config, draft, (recall, kind), say)
         except BundleError as e:
             raise PackError(str(e)) from e
-        _move(draft, out)
+        move(draft, out)
     _summarise(generation, out, config, say)
     return out
 
@@ -102,7 +102,7 @@ def _fill(config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | Non
     generation = _with_calibration(generation, queries, say)
     generation = _with_loss(generation, requests, say)
     _write_manifest(generation.manifest, draft)
-    return _with_golden(load(draft), requests, say)
+    return with_golden(load(draft), requests, say)
 
 
 # --------------------------------------------------------------------------------------------- graphs
@@ -220,7 +220,7 @@ def _with_loss(generation: Generation, requests: Sequence[evaluate.Request], say
     return replace(generation, manifest=generation.manifest.model_copy(update={"loss": table}))
 
 
-def _with_golden(generation: Generation, requests: Sequence[evaluate.Request], say: Say) -> Generation:
+def with_golden(generation: Generation, requests: Sequence[evaluate.Request], say: Say) -> Generation:
     """Add some sample requests with what the funnel gives for them, and prove the result as a start would."""
     chosen = [requests[at] for at in np.linspace(0, len(requests) - 1, N_GOLDEN).astype(int)]
     rankings = evaluate.run_funnel(generation, evaluate.resolve(generation, chosen))
@@ -335,7 +335,7 @@ def check_target(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _draft_beside(out: Path) -> Iterator[Path]:
+def draft_beside(out: Path) -> Iterator[Path]:
     """A directory on the target's file system, removed at the end if it is still there."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ def _draft_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _move(draft: Path, out: Path) -> None:
+def move(draft: Path, out: Path) -> None:
     """Into place; a bundle that was there goes aside first, so that there is never half of either."""
     if not out.exists():
         draft.rename(out)
