@@ -1,0 +1,199 @@
+"""A discrete-event simulation of requests that go through stations and share the cores of one machine. Pure.
+
+    arrivals ─▶ step ─▶ step ─▶ …      a step: a station, CPU seconds, parts side by side, then a pause without CPU
+
+A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
+at work than cores each gets its share by the scheduler's weights, never more than one core; and with several cores
+busy every one of them is slower (`contention`: caches, memory, an interpreter lock). A step of several parts is over
+when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
+
+It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+NEVER = float("inf")
+DONE = 1e-12  # seconds of work that rounding may leave
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """servers: at once. weight: of the scheduler, 1 is a process of niceness 0; 0 takes no core (an accelerator)."""
+
+    name: str
+    servers: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """cores; contention: what a core loses of its speed when all are busy, in [0, 1); it grows evenly from one busy
+    core to all. wake_s: mean wait for a core when all are busy, seconds, exponential."""
+
+    cores: int
+    contention: float = 0.0
+    wake_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """work: CPU seconds, f64[n] or, for parts that run side by side, f64[n, parts]. pause: seconds after it, f64[n]."""
+
+    station: int
+    work: Floats
+    pause: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """latency_s: f64[n], from arrival. cpu_s: seconds that cores were held, by station; busy: mean cores busy."""
+
+    latency_s: Floats
+    cpu_s: tuple[float, ...]
+    busy: float
+
+    def percentile_s(self, p: float) -> float:
+        return float(np.percentile(self.latency_s, p))
+
+
+def simulate(
+    arrivals: Floats, steps: Sequence[Step], stations: Sequence[Station], machine: Machine, seed: int = 0
+) -> Simulated:
+    """Run all requests to their end.
+
+    Args:
+        arrivals: seconds, f64[n], rising.
+    Returns: their latencies, in the order of arrival.
+    """
+    n, n_steps, n_stations = len(arrivals), len(steps), len(stations)
+    works = [step.work.reshape(n, -1).tolist() for step in steps]
+    pauses = [None if step.pause is None else step.pause.tolist() for step in steps]
+    of_step = [step.station for step in steps]
+    waits = iter(np.random.default_rng(seed).exponential(machine.wake_s, 4096).tolist() * (1 + n * n_steps // 1024))
+    free = [station.servers for station in stations]
+    queues: list[deque[tuple[float, int, int]]] = [deque() for _ in stations]
+    # Everybody in a station runs at one speed: who ends first is who needs least, on the station's own clock.
+    clocks, running = [0.0] * n_stations, [0] * n_stations
+    ends: list[list[tuple[float, int, int]]] = [[] for _ in stations]
+    speed = _Speeds(stations, machine)
+    later: list[tuple[float, int, int, int]] = []  # (when, 0 a step begins / 1 a wait for a core ends, request, step)
+    woken: dict[tuple[int, int], list[float]] = {}
+    left, finished = [0] * n, np.zeros(n)
+    times, following, now = arrivals.tolist(), 0, 0.0
+    speeds, held = speed(running), [0.0] * n_stations
+
+    def begin(request: int, at: int) -> None:
+        """A step's parts go to its station."""
+        station, parts = of_step[at], works[at][request]
+        left[request] = len(parts)
+        for work in parts:
+            if free[station]:
+                free[station] -= 1
+                serve(station, work, request, at)
+            else:
+                queues[station].append((work, request, at))
+
+    def serve(station: int, work: float, request: int, at: int) -> None:
+        if machine.wake_s and stations[station].weight and sum(running) >= machine.cores:
+            woken.setdefault((request, at), []).append(work)
+            heapq.heappush(later, (now + next(waits), 1, request, at))
+        else:
+            run(station, work, request, at)
+
+    def run(station: int, work: float, request: int, at: int) -> None:
+        running[station] += 1
+        heapq.heappush(ends[station], (clocks[station] + work, request, at))
+
+    while following < n or later or any(running):
+        due, where = NEVER, -1
+        for s in range(n_stations):
+            if running[s]:
+                takes = max(0.0, ends[s][0][0] - clocks[s]) / speeds[s]
+                if takes < due:
+                    due, where = takes, s
+        due += now
+        arrival = times[following] if following < n else NEVER
+        waiting = later[0][0] if later else NEVER
+        instant = min(due, arrival, waiting)
+        passed = instant - now
+        if passed > 0:
+            for s in range(n_stations):
+                if running[s]:
+                    clocks[s] += passed * speeds[s]
+                    held[s] += passed * running[s] * speed.shares[s]
+        now = instant
+        if due <= arrival and due <= waiting:
+            _, request, at = heapq.heappop(ends[where])
+            running[where] -= 1
+            if queues[where]:
+                serve(where, *queues[where].popleft())
+            else:
+                free[where] += 1
+            left[request] -= 1
+            if not left[request]:
+                pause = pauses[at]
+                if pause is not None and pause[request] > 0:
+                    heapq.heappush(later, (now + pause[request], 0, request, at + 1))
+                elif at + 1 < n_steps:
+                    begin(request, at + 1)
+                else:
+                    finished[request] = now
+        elif waiting <= arrival:
+            _, is_wait, request, at = heapq.heappop(later)
+            if is_wait:
+                run(of_step[at], woken[request, at].pop(), request, at)
+            elif at < n_steps:
+                begin(request, at)
+            else:
+                finished[request] = now
+        else:
+            following += 1
+            begin(following - 1, 0)
+        speeds = speed(running)
+    return Simulated(finished - arrivals, tuple(held), sum(held) / now if now else 0.0)
+
+
+class _Speeds:
+    """How fast each station's jobs run, by how many are running in each; remembered. shares: of a core, of the last."""
+
+    def __init__(self, stations: Sequence[Station], machine: Machine) -> None:
+        self.weights = [station.weight for station in stations]
+        self.machine = machine
+        self.known: dict[tuple[int, ...], tuple[list[float], list[float]]] = {}
+        self.shares: list[float] = []
+
+    def __call__(self, running: list[int]) -> list[float]:
+        key = tuple(running)
+        if key not in self.known:
+            self.known[key] = self._of(running)
+        speeds, self.shares = self.known[key]
+        return speeds
+
+    def _of(self, running: list[int]) -> tuple[list[float], list[float]]:
+        """Cores by weight, at most one each: who would get more leaves the rest to the others."""
+        shares = [0.0 if weight else 1.0 for weight in self.weights]
+        hungry = [s for s, count in enumerate(running) if count and self.weights[s]]
+        cores = float(self.machine.cores)
+        while hungry:
+            each = cores / sum(running[s] * self.weights[s] for s in hungry)
+            full = [s for s in hungry if each * self.weights[s] >= 1]
+            if not full:
+                for s in hungry:
+                    shares[s] = each * self.weights[s]
+                break
+            for s in full:
+                shares[s] = 1.0
+                cores -= running[s]
+                hungry.remove(s)
+        busy = min(self.machine.cores, sum(n for n, w in zip(running, self.weights, strict=True) if w))
+        others = max(0, busy - 1) / max(1, self.machine.cores - 1)
+        slower = 1 - self.machine.contention * others
+        speeds = [share * (slower if weight else 1.0) for share, weight in zip(shares, self.weights, strict=True)]
+        return speeds, [share if weight else 0.0 for share, weight in zip(shares, self.weights, strict=True)]
