@@ -89,10 +89,15 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
 def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--items", type=int, default=1_000_000, help="1,000 or more; a million if absent")
     command.add_argument("--dim", type=int, default=64, help="of the embeddings")
+    command.add_argument("--hidden", type=_units, default=(512, 256, 128), help="units of the re-ranker's layers")
     command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _units(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _rewidth_options(command: argparse.ArgumentParser) -> None:
@@ -152,6 +157,7 @@ def _synthesize(parsed: argparse.Namespace) -> None:
         seed=parsed.seed,
         name=parsed.name or parsed.out.name,
         force=parsed.force,
+        hidden=parsed.hidden,
         say=partial(print, flush=True),
     )
 

@@ -24,7 +24,7 @@ from models.linear import logistic_regression
 Floats = NDArray[np.float32]
 
 HISTORY, MOMENT, FEATURES = 50, 8, 32  # items of a history, numbers of a context and of an item that models read
-HIDDEN = (512, 256, 128)
+HIDDEN = (512, 256, 128)  # of the re-ranker, unless the world is asked for others
 TOWER_HIDDEN = 128
 CONTEXT_PULL = 0.3  # how far the tower's network moves a person, whose own embedding has length 1 or so
 SPREAD, MEAN = 1.5, -2.0  # of the logits over retrieved candidates: scores from .01 to .9
@@ -108,11 +108,11 @@ def user_tower(popular: Floats, rng: np.random.Generator) -> onnx.ModelProto:
     )
 
 
-def re_ranker(found: Found, rng: np.random.Generator) -> onnx.ModelProto:
-    """The graph at the top, its last layer fitted on these candidates."""
-    weights = _first_layer(found, rng)
+def re_ranker(found: Found, rng: np.random.Generator, hidden_layers: tuple[int, ...] = HIDDEN) -> onnx.ModelProto:
+    """The graph at the top, its last layer fitted on these candidates. hidden_layers: units of each, three."""
+    weights = _first_layer(found, rng, hidden_layers[0])
     hidden = _activations(found, weights)
-    for layer, (n_in, n_out) in enumerate(pairwise(HIDDEN), 2):
+    for layer, (n_in, n_out) in enumerate(pairwise(hidden_layers), 2):
         w = _normal(rng, n_in, n_out) * math.sqrt(2 / n_in)
         b = -(hidden @ w).mean(axis=0)  # half of the rows on either side of each unit's bend
         weights |= {f"w{layer}": w, f"b{layer}": b}
@@ -151,9 +151,9 @@ def pre_ranker(found: Found, scores: Floats) -> tuple[NDArray[np.float64], float
     return weights / spread, float(bias - mean @ (weights / spread))
 
 
-def _first_layer(found: Found, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+def _first_layer(found: Found, rng: np.random.Generator, units: int) -> dict[str, NDArray[Any]]:
     """Units that each see the affinity, standardised over the candidates, and a random mix of everything."""
-    d, units = found.user.shape[1], HIDDEN[0]
+    d = found.user.shape[1]
     sees = _normal(rng, units) / found.affinity.std()
     w = np.concatenate(
         [

@@ -111,6 +111,7 @@ class World:
     d: int
     seed: int
     folder: Path
+    hidden: tuple[int, ...] = stand_ins.HIDDEN
 
     def rng(self, *stream: int | str) -> np.random.Generator:
         """A generator of its own for each thing that is drawn."""
@@ -140,14 +141,29 @@ class World:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def synthesize(out: Path, n_items: int, *, d: int, seed: int, name: str, force: bool, say: Say = print) -> Path:
-    """Make the bundle `out` and, beside it, <out>.requests.jsonl. Returns `out`. Raises PackError."""
+def synthesize(
+    out: Path,
+    n_items: int,
+    *,
+    d: int,
+    seed: int,
+    name: str,
+    force: bool,
+    hidden: tuple[int, ...] = stand_ins.HIDDEN,
+    say: Say = print,
+) -> Path:
+    """Make the bundle `out` and, beside it, <out>.requests.jsonl. Returns `out`. Raises PackError.
+
+    hidden: units of the re-ranker's hidden layers.
+    """
+    if len(hidden) != len(stand_ins.HIDDEN) or min(hidden) < 1:
+        raise PackError(f"--hidden: is {hidden}; allowed are {len(stand_ins.HIDDEN)} numbers of units")
     if n_items < FEWEST_ITEMS or d < 2:
         raise PackError(f"--items, --dim: are {n_items:,}, {d}; allowed are {FEWEST_ITEMS:,} and 2, or more")
     check_target(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent) as folder:
-        world = World(n_items, d, seed, Path(folder))
+        world = World(n_items, d, seed, Path(folder), hidden)
         cluster = draw_items(world, say)
         draw_people(world, cluster)
         say(f"people: {world.n_people:,}, with histories of 1 to {HISTORY} items")
@@ -296,7 +312,7 @@ def make_models(world: World, say: Say) -> None:
     users = _embed(world, tower, people)
     say(f"models: {world.widths[0]:,} of {world.n:,} items for each of {len(users)} sample requests, exactly")
     found = _found(world, people, users, index.search_exactly(embedding, users, world.widths[0]))
-    re_ranker = stand_ins.re_ranker(found, rng)
+    re_ranker = stand_ins.re_ranker(found, rng, world.hidden)
     onnx.save(re_ranker, world.folder / "re_ranker.onnx")
     session = open_session(re_ranker.SerializeToString(), "re_ranker.onnx")
     feeds = {"user": found.user, "item": found.item, "features": found.features}

@@ -1,4 +1,4 @@
-"""`python -m loadtest plan`: how many machines it takes, and what they will do. `python -m loadtest capacity` checks it.
+"""`python -m loadtest plan`: how many machines it takes, and what they will do; `capacity` checks it by measurement.
 
 measure.py      two minutes with the real service, from outside ─▶ a calibration
 calibration.py  what was measured, as JSON

@@ -147,3 +147,12 @@ def test_a_bundle_that_is_there_is_refused_before_anything_is_made(
     said = capsys.readouterr()
     assert "is there already" in said.err
     assert not said.out
+
+
+def test_the_re_ranker_is_as_large_as_asked(tmp_path: Path) -> None:
+    small = ["synthesize", "--items", "1000", "--dim", "8", "--hidden", "16,8,4", "--out", str(tmp_path / "small")]
+    assert main(small) == 0
+    n_weights = (3 * 8 + 32) * 16 + 16 + 16 * 8 + 8 + 8 * 4 + 4 + 4 + 1
+    size = (tmp_path / "small/re_ranker.onnx").stat().st_size
+    assert 4 * n_weights < size < 4 * n_weights + 2_000
+    assert main([*small[:6], "16,8", *small[7:], "--force"]) == 2
