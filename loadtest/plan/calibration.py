@@ -1,0 +1,156 @@
+"""What two minutes with the real service said of it and of this machine: kept as JSON, so that plans are instant.
+
+All seconds are as the reference speed of the machine has them (`speed_s`, see speed.py). How it is measured is
+measure.py's, what is made of it recipe.py's.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from loadtest.plan.costs import Exponent, Line
+
+FORMAT = 1
+STAGES = ("retrieval", "preranking", "reranking")
+SIZES = ("items", "width", "model")
+
+
+class CalibrationError(ValueError):
+    """A calibration that can't be used; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What can be chosen: widths in candidates; workers, and threads of the service's pool, of one machine."""
+
+    retrieve: int
+    rerank: int
+    workers: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.retrieve} -> {self.rerank}, {self.workers} worker{'s' * (self.workers != 1)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A run under load at the calibration's own configuration. speeds: of the probes around its parts, seconds."""
+
+    rate: float
+    requests: int
+    p50_s: float
+    p99_s: float
+    coverage: float
+    client_s: float
+    speeds: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request takes whom, at the reference speed.
+
+    loop_s: CPU of the event loop, but for: fan_out_s a shard, row_s a row that is sent to workers.
+    users_s, retrieval, preranking: the narrow part, by width. narrow_on: whose CPU it took, `threads` or `workers`.
+    shard: CPU of a worker by rows of a shard. hop_s, round_trip_s: waits without CPU after the narrow part, after
+    shards. client_s: CPU of the load generator, a request.
+    shapes: of single requests, loop, narrow part, re-ranking over their means: what the tails are made of.
+    """
+
+    loop_s: float
+    fan_out_s: float
+    row_s: float
+    users_s: float
+    retrieval: Line
+    preranking: Line
+    shard: Line
+    hop_s: float
+    round_trip_s: float
+    narrow_on: str
+    client_s: float
+    worker_weight: float
+    shapes: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """bytes a process or a machine. shared: bundle files that all map; predicted: from formulas, of everything."""
+
+    pss: int
+    main_private: int
+    worker_private: int
+    files: int
+    processes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One calibration. contention, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left."""
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    cores: int
+    bundle: str
+    digest: str
+    items: int
+    d: int
+    kind: str
+    model_bytes: int
+    base: Configuration
+    speed_s: float
+    speeds: tuple[float, ...]
+    demand: Demand
+    loaded: tuple[Loaded, ...]
+    memory: Memory
+    contention: float = 0.0
+    wake_s: float = 0.0
+    error: float = float("nan")
+    exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)
+    is_quick: bool = False
+
+
+def write(calibration: Calibration, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"format": FORMAT} | asdict(calibration), indent=1) + "\n")
+
+
+def read(file: Path) -> Calibration:
+    """Raises CalibrationError when it isn't one of this format."""
+    try:
+        found = json.loads(file.read_text())
+        if found.pop("format") != FORMAT:
+            raise CalibrationError(f"{file}: another format; calibrate again")
+        return _made(Calibration, found)  # type: ignore[no-any-return]
+    except OSError as e:
+        raise CalibrationError(f"{file}: {e.strerror}; `plan --calibrate` makes it") from e
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        raise CalibrationError(f"{file}: is no calibration ({e!r}); calibrate again") from e
+
+
+PARTS: dict[str, Any] = {
+    "base": Configuration,
+    "demand": Demand,
+    "memory": Memory,
+    "retrieval": Line,
+    "preranking": Line,
+    "shard": Line,
+}
+
+
+def _made(kind: Any, found: dict[str, Any]) -> Any:
+    """A dataclass from what JSON left of it."""
+    made = {}
+    for f in fields(kind):
+        value = found[f.name]
+        if f.name in PARTS and is_dataclass(PARTS[f.name]):
+            value = _made(PARTS[f.name], value)
+        elif f.name == "loaded":
+            value = tuple(_made(Loaded, one) for one in value)
+        elif f.name == "exponents":
+            value = {s: {name: Exponent(**one) for name, one in sizes.items()} for s, sizes in value.items()}
+        elif isinstance(value, list):
+            value = tuple(tuple(one) if isinstance(one, list) else one for one in value)
+        made[f.name] = value
+    return kind(**made)

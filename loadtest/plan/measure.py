@@ -1,0 +1,376 @@
+"""Two minutes with the real service, from outside: HTTP, its answers' `took_ms`, and /proc for whose CPU it took.
+
+    one request at a time, at several widths, in rounds       ─▶ who spends what by width; the shapes of single requests
+    open-loop load at rising rates, in parts                  ─▶ what load does (fit.py)
+    smaps                                                     ─▶ memory
+
+Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
+narrow widths, and one service shows them all. Between all parts a probe of the machine's speed runs, and each part's
+seconds are brought to the reference speed, the median of the probes.
+"""
+
+import http.client
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest import launch
+from loadtest.launch import Server
+from loadtest.observed import Floats, Observed, joined
+from loadtest.open_loop import Attack, attack, poisson
+from loadtest.plan import fit
+from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded, Memory
+from loadtest.plan.costs import Line, line
+from loadtest.plan.recipe import MIN_SHARD, Model, shards
+from loadtest.plan.simulation import Machine
+from loadtest.plan.speed import Probe, probing
+
+SLA_MS = 100.0
+UNHURRIED_MS = 10_000
+POOL = 500  # requests
+ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
+SINGLE = 1_500  # requests at the base widths: their shapes
+LOAD, GROWTH, LOADS = 0.3, 1.4, 4  # of what cores can do, at first; by which it rises or falls; runs
+LOAD_S, PARTS = 18.0, 2  # seconds of a run; its parts
+CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
+NO_LOG = Path(os.devnull)
+NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running service, the requests to ask it, and the probe beside it."""
+
+    server: Server
+    bodies: Sequence[bytes]
+    probe: Probe
+
+    def with_fields(self, **sent: Any) -> list[bytes]:
+        return [json.dumps(json.loads(body) | sent).encode() for body in self.bodies]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """CPU seconds so far: the event loop's thread, the other threads of its process, the workers."""
+
+    loop: float
+    threads: float
+    workers: float
+
+    def since(self, before: "Spent", n: int) -> "Spent":
+        """A request's, of n since then."""
+        return Spent(*((getattr(self, f) - getattr(before, f)) / n for f in ("loop", "threads", "workers")))
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """Requests sent one at a time at one width of re-ranking.
+
+    took: seconds by stage, f64[n, 6], in the order of COLUMNS. spent: a request.
+    """
+
+    rerank: int
+    took: Floats
+    spent: Spent
+
+    def scaled(self, by: float) -> "Single":
+        """On a machine that is slower by this factor."""
+        s = self.spent
+        return Single(self.rerank, self.took * by, Spent(s.loop * by, s.threads * by, s.workers * by))
+
+
+COLUMNS = ("users", "retrieval", "preranking", "reranking", "selection", "total")
+
+
+def read_bodies(file: Path, most: int = POOL) -> list[bytes]:
+    with file.open("rb") as lines:
+        bodies = list(islice((x.strip() for x in lines if x.strip()), most))
+    if not bodies:
+        raise RuntimeError(f"{file}: no requests in it")
+    return bodies
+
+
+def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick: bool = False) -> Calibration:
+    """Serve the bundle and measure it. Raises RuntimeError when it can't be."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
+    base = Configuration(funnel["retrieve"], funnel["rerank"], workers, os.cpu_count() or 1)
+    short = 10 if is_quick else 1
+    with probing() as probe, serve(bundle, base) as server:
+        target = Target(server, read_bodies(requests), probe)
+        say(f"one request at a time, {base}")
+        single(target, base.rerank, 50)  # nobody's first request counts
+        reference = float(np.median([probe() for _ in range(5)]))
+        demand, speeds = _demand(target, base, reference, short, say)
+        memory = read_memory(server, bundle)
+        loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
+        digest = str(server.serving().get("digest", ""))
+    speeds += [speed for run in loaded for speed in run.speeds]
+    if loaded:
+        per_client = [run.client_s * reference / np.mean(run.speeds) for run in loaded]
+        demand = replace(demand, client_s=float(np.median(per_client)))
+    calibration = Calibration(
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        versions={"python": platform.python_version()} | {p: version(p) for p in ("onnxruntime", "faiss-cpu", "numpy")},
+        cores=os.cpu_count() or 1,
+        bundle=bundle.name,
+        digest=digest,
+        items=retriever["n"],
+        d=dimension(bundle),
+        kind=retriever["kind"],
+        model_bytes=(bundle / "re_ranker.onnx").stat().st_size,
+        base=base,
+        speed_s=reference,
+        speeds=tuple(speeds),
+        demand=demand,
+        loaded=tuple(loaded),
+        memory=memory,
+        is_quick=is_quick,
+    )
+    say("fitting what load does")
+    fitted = fit.fit(calibration)
+    lose = f"cores lose {fitted.contention:.0%} to each other, who wakes waits {fitted.wake_s * 1e3:.2f} ms"
+    say(f"{lose}; the simulation is off by {fitted.error:.0%}")
+    return fitted
+
+
+def serve(bundle: Path, configuration: Configuration, sla_ms: float = SLA_MS) -> Any:
+    """The service in this configuration; the bundle has its widths."""
+    settings = {"SLA_MS": f"{sla_ms:g}", "THREADS": str(configuration.threads)}
+    return launch.service(bundle, configuration.workers, log=NO_LOG, **settings)
+
+
+def dimension(bundle: Path) -> int:
+    return int(np.load(bundle / "items/embedding.npy", mmap_mode="r").shape[1])
+
+
+# --------------------------------------------------------------------------------------- one at a time
+
+
+def single(target: Target, rerank: int, n: int) -> Single:
+    """Send n requests of this width, each when the one before is answered."""
+    bodies = target.with_fields(rerank_count=rerank, timeout_ms=UNHURRIED_MS)
+    connection = http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)
+    took = []
+    before = spent(target.server)
+    try:
+        for i in range(n):
+            connection.request("POST", "/v1/rank", bodies[i % len(bodies)], {"content-type": "application/json"})
+            answer = connection.getresponse()
+            said = json.loads(answer.read())
+            if answer.status != 200:
+                raise RuntimeError(f"status {answer.status}: {said}")
+            if not said["degraded"]:
+                took.append([said["took_ms"].get(name, 0.0) / 1e3 for name in COLUMNS])
+    finally:
+        connection.close()
+    if 2 * len(took) < n:
+        raise RuntimeError(f"{n - len(took)} of {n} answers were degraded without load: the machine is too busy")
+    used = spent(target.server).since(before, n)
+    return Single(rerank, np.asarray(took), used)
+
+
+def widths(base: Configuration) -> list[int]:
+    """Re-ranking widths to measure: around a second shard, and up to four times what retrieval finds."""
+    several = [MIN_SHARD, 2 * MIN_SHARD - 1, 2 * MIN_SHARD, base.rerank, 2 * base.rerank, base.retrieve]
+    return sorted({*several, 2 * base.retrieve, 4 * base.retrieve})
+
+
+def _demand(target: Target, base: Configuration, reference: float, short: int, say: Say) -> tuple[Demand, list[float]]:
+    """What a request takes whom, by width; and the probes."""
+    speeds, runs = [target.probe()], list[Single]()
+
+    def measured(rerank: int, n: int) -> Single:
+        """At the mean speed of the probes before and after."""
+        run = single(target, rerank, n)
+        speeds.append(target.probe())
+        return run.scaled(reference / float(np.mean(speeds[-2:])))
+
+    for round_ in range(max(2, ROUNDS // short)):
+        runs += [measured(width, A_ROUND) for width in widths(base)]
+        if not round_:
+            say(f"widths {', '.join(map(str, widths(base)))}: a round took {len(runs) * A_ROUND} requests")
+    base_runs = [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
+    return demand_of(runs, base_runs, base, niceness(target.server)), speeds
+
+
+def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configuration, nice: int) -> Demand:
+    """The costs by width from runs at several, the shapes from those at the base widths. Pure."""
+    at = {name: i for i, name in enumerate(COLUMNS)}
+    every = [*runs, *base_runs]
+    users_s = float(np.median([np.median(run.took[:, at["users"]]) for run in every]))
+
+    def found(run: Single) -> int:
+        return max(base.retrieve, run.rerank)
+
+    def by_width(stage: str) -> Line:
+        return line(_medians((found(run), float(run.took[:, at[stage]].mean())) for run in every))
+
+    retrieval, preranking = by_width("retrieval"), by_width("preranking")
+
+    def narrow(run: Single) -> float:
+        return users_s + retrieval(found(run)) + preranking(found(run))
+
+    threads = float(np.mean([run.spent.threads / narrow(run) for run in every]))
+    narrow_on = "threads" if threads > 0.5 else "workers"
+    # A shard's CPU; what the narrow part took the workers, if it did, is not its.
+    of_shards = []
+    for run in every:
+        n_shards = shards(run.rerank, base.workers)
+        cpu = run.spent.workers - (narrow(run) if narrow_on == "workers" else 0.0)
+        of_shards.append((run.rerank / n_shards, max(cpu, 1e-6) / n_shards))
+    shard = line(_medians(of_shards))
+    loop_s, fan_out_s, row_s = _loop(every, base.workers)
+    took = np.concatenate([run.took for run in base_runs])
+    narrow_took = took[:, at["users"]] + took[:, at["retrieval"]] + took[:, at["preranking"]]
+    loop_took = took[:, at["total"]] - narrow_took - took[:, at["reranking"]]
+    n_shards = shards(base.rerank, base.workers)
+    dealing = n_shards * fan_out_s + base.rerank * row_s
+    shapes = np.column_stack([_shape(x) for x in (loop_took, narrow_took, took[:, at["reranking"]])])
+    return Demand(
+        loop_s=loop_s,
+        fan_out_s=fan_out_s,
+        row_s=row_s,
+        users_s=users_s,
+        retrieval=retrieval,
+        preranking=preranking,
+        shard=shard,
+        hop_s=max(0.0, float(loop_took.mean()) - loop_s),
+        round_trip_s=max(0.0, float(took[:, at["reranking"]].mean()) - dealing - shard(base.rerank / n_shards)),
+        narrow_on=narrow_on,
+        client_s=CLIENT_GUESS_S,
+        worker_weight=NICE_WEIGHT**-nice,
+        shapes=tuple(map(tuple, shapes.round(4).tolist())),
+    )
+
+
+def _loop(runs: Sequence[Single], workers: int) -> tuple[float, float, float]:
+    """The event loop's CPU: of a request, of each shard, of each row; none is negative."""
+    x = np.array([[1.0, shards(run.rerank, workers), run.rerank] for run in runs])
+    y, kept = np.array([run.spent.loop for run in runs]), [0, 1, 2]
+    while True:
+        fitted, *_ = np.linalg.lstsq(x[:, kept] / y[:, None], np.ones(len(y)), rcond=None)
+        if (fitted >= 0).all():
+            break
+        kept.pop(int(np.argmin(fitted)))
+    found = dict(zip(kept, fitted.tolist(), strict=True))
+    return found.get(0, 0.0), found.get(1, 0.0), found.get(2, 0.0)
+
+
+def _medians(points: Any) -> list[tuple[float, float]]:
+    """One point a size: the median of its seconds."""
+    by_size: dict[float, list[float]] = {}
+    for size, seconds in points:
+        by_size.setdefault(float(size), []).append(seconds)
+    return [(size, float(np.median(seconds))) for size, seconds in sorted(by_size.items())]
+
+
+def _shape(seconds: Floats) -> Floats:
+    """Single values over their mean; what rounding made negative is 0."""
+    return np.maximum(seconds, 0.0) / max(float(seconds.mean()), 1e-9)
+
+
+# ------------------------------------------------------------------------------------------- under load
+
+
+def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
+    """Runs at rising rates, up to the first that narrows the funnel; at falling ones while all do."""
+    means = Model(demand, base, Machine(os.cpu_count() or 1), has_client=True).means()
+    rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
+    for number in range(LOADS):
+        seen, speeds = run(target, rate, seconds, PARTS, number)
+        one = summed_up(seen, rate, speeds, seconds)
+        met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
+        say(f"{rate:.0f} a second: {met}")
+        is_narrow = one.coverage < fit.LEAST_COVERAGE
+        if is_narrow and runs:
+            break
+        runs += [] if is_narrow else [one]
+        rate = rate / GROWTH**2 if is_narrow else rate * GROWTH
+    return runs
+
+
+def run(
+    target: Target, rate: float, seconds: float, parts: int, seed: int, bodies: Sequence[bytes] | None = None
+) -> tuple[Observed, tuple[float, ...]]:
+    """Open-loop load in parts, a probe of the speed before and after each; all parts as one, each part's speed."""
+    probes, seen = [target.probe()], []
+    for part in range(parts):
+        due = poisson(rate, seconds / parts, 1_000 * seed + part)
+        seen.append(attack(Attack(target.server.port, bodies or target.bodies, due)))
+        probes.append(target.probe())
+    return joined(seen), tuple((a + b) / 2 for a, b in zip(probes, probes[1:], strict=False))
+
+
+def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float) -> Loaded:
+    ok = seen.is_ok
+    return Loaded(
+        rate=rate,
+        requests=len(seen),
+        p50_s=seen.percentile_s(50),
+        p99_s=seen.percentile_s(99),
+        coverage=float(np.where(ok, np.nan_to_num(seen.coverage), 0.0).mean()),
+        client_s=seen.cpu_s / len(seen),
+        speeds=speeds,
+        seconds=seconds,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ /proc
+
+
+def spent(server: Server) -> Spent:
+    """CPU so far, in nanoseconds' precision. Raises RuntimeError where the kernel keeps no such account."""
+    main = server.process.pid
+    of_threads = {int(t.name): _cpu(t) for t in Path(f"/proc/{main}/task").iterdir()}
+    workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in server.workers().values()]
+    loop = of_threads.pop(main)
+    if not loop:
+        raise RuntimeError("/proc/…/schedstat: this kernel doesn't count, a calibration needs it")
+    return Spent(loop, sum(of_threads.values()), sum(workers))
+
+
+def _cpu(task: Path) -> float:
+    try:
+        return int((task / "schedstat").read_text().split()[0]) / 1e9
+    except (OSError, IndexError):  # a thread that has just ended
+        return 0.0
+
+
+def niceness(server: Server) -> int:
+    """Of the workers, as the scheduler has it."""
+    pid = next(iter(server.workers().values()))
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
+
+
+def read_memory(server: Server, bundle: Path) -> Memory:
+    """What the service's processes hold: proportional shares, and what is each one's own."""
+    workers = list(server.workers().values())
+    own = {pid: _smaps(pid, "Private_Dirty") for pid in (server.process.pid, *workers)}
+    files = sum(entry["size"] for entry in json.loads((bundle / "manifest.json").read_text())["files"].values())
+    return Memory(
+        pss=sum(_smaps(pid, "Pss") for pid in own),
+        main_private=own[server.process.pid],
+        worker_private=int(np.mean([own[pid] for pid in workers])),
+        files=files,
+        processes=len(own),
+    )
+
+
+def _smaps(pid: int, name: str) -> int:
+    """Bytes of one line of the sum over all maps."""
+    for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if row.startswith(f"{name}:"):
+            return 1024 * int(row.split()[1])
+    return 0
