@@ -1,5 +1,7 @@
 """python -m loadtest faults       break the running service in every way we know, and print what came of it
 python -m loadtest limits       the raw kernels in a bare loop, and what the service costs over them
+python -m loadtest plan         how many workers, machines and money a load takes
+python -m loadtest capacity     what `plan` predicts against what the service does
 
 Exit codes: 0, 1 when a bar is missed, 2 for what can't be used. Progress goes to standard error, the tables and the
 one line of JSON to standard output.
@@ -14,6 +16,8 @@ from importlib import import_module
 COMMANDS = {
     "faults": ("loadtest.faults.command", "the fault table"),
     "limits": ("loadtest.limits.command", "the service over the raw kernels: the performance figure"),
+    "plan": ("loadtest.plan.command", "workers, machines, memory, money for a load"),
+    "capacity": ("loadtest.plan.bench", "the planner against measurements"),
 }
 
 

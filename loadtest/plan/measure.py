@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def read_bodies(file: Path, most: int = POOL) -> list[bytes]:
 
 def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick: bool = False) -> Calibration:
     """Serve the bundle and measure it. Raises RuntimeError when it can't be."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest = manifest_of(bundle)
     funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
     base = Configuration(funnel["retrieve"], funnel["rerank"], workers, os.cpu_count() or 1)
     short = 10 if is_quick else 1
@@ -149,6 +149,10 @@ def serve(bundle: Path, configuration: Configuration, sla_ms: float = SLA_MS) ->
     """The service in this configuration; the bundle has its widths."""
     settings = {"SLA_MS": f"{sla_ms:g}", "THREADS": str(configuration.threads)}
     return launch.service(bundle, configuration.workers, log=NO_LOG, **settings)
+
+
+def manifest_of(bundle: Path) -> Any:
+    return json.loads((bundle / "manifest.json").read_text())
 
 
 def dimension(bundle: Path) -> int:
@@ -286,7 +290,7 @@ def _shape(seconds: Floats) -> Floats:
 
 def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
     """Runs at rising rates, up to the first that narrows the funnel; at falling ones while all do."""
-    means = Model(demand, base, Machine(os.cpu_count() or 1), has_client=True).means()
+    means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     for number in range(LOADS):
         seen, speeds = run(target, rate, seconds, PARTS, number)
@@ -310,7 +314,7 @@ def run(
         due = poisson(rate, seconds / parts, 1_000 * seed + part)
         seen.append(attack(Attack(target.server.port, bodies or target.bodies, due)))
         probes.append(target.probe())
-    return joined(seen), tuple((a + b) / 2 for a, b in zip(probes, probes[1:], strict=False))
+    return joined(seen), tuple((a + b) / 2 for a, b in pairwise(probes))
 
 
 def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float) -> Loaded:
@@ -358,7 +362,7 @@ def read_memory(server: Server, bundle: Path) -> Memory:
     """What the service's processes hold: proportional shares, and what is each one's own."""
     workers = list(server.workers().values())
     own = {pid: _smaps(pid, "Private_Dirty") for pid in (server.process.pid, *workers)}
-    files = sum(entry["size"] for entry in json.loads((bundle / "manifest.json").read_text())["files"].values())
+    files = sum(entry["size"] for entry in manifest_of(bundle)["files"].values())
     return Memory(
         pss=sum(_smaps(pid, "Pss") for pid in own),
         main_private=own[server.process.pid],

@@ -10,6 +10,7 @@ funnel, and a rate at which it does isn't one at full quality. Intervals come fr
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from loadtest.plan.recipe import Model, model
 
 NARROWS_AT = 0.85  # of the SLA: the service steers its 99th percentile there, and narrows the funnel beyond
 REQUESTS = 4_000  # simulated for a yes or no
-EXPECTED_REQUESTS = 10_000  # for a figure that is shown
+EXPECTED_REQUESTS = 8_000  # for a figure that is shown
 WITHIN = 0.02  # of a rate that is searched
 SEEDS = (0, 1)
 # Lists grow with the root of the catalogue and so many more are probed: between a graph's logarithm and a flat scan.
@@ -103,7 +104,8 @@ def variants(calibration: Calibration, question: Question) -> tuple[Model, Model
     scales = (1.0, min(1.0, float(np.quantile(ratios, 0.1))), max(1.0, float(np.quantile(ratios, 0.9))))
     made = []
     for scale, growth in zip(scales, growths, strict=True):
-        grown = Line(calibration.demand.retrieval.fixed * growth, calibration.demand.retrieval.each)
+        found = calibration.demand.retrieval
+        grown = Line(found.fixed * growth, found.each * growth)
         other = replace(calibration, demand=replace(calibration.demand, retrieval=grown))
         made.append(model(other, chosen, scale=scale, cores=question.cores))
     return made[0], made[1], made[2]
@@ -118,6 +120,7 @@ def with_workers(one: Model, workers: int) -> Model:
     return replace(one, configuration=replace(one.configuration, workers=workers))
 
 
+@lru_cache
 def highest_rate(one: Model, sla_s: float, requests: int = REQUESTS) -> float:
     """Requests a second at which the simulated p99 is NARROWS_AT of the SLA; 0 if a lone request is slower."""
 

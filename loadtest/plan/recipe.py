@@ -21,6 +21,7 @@ MIN_SHARD = 16  # rows: fewer are not worth a shard of their own (the service's 
 LOOP, NARROW, WORKERS, CLIENT = range(4)
 BEFORE = 0.5  # of the loop's own work comes before the narrow part; answers and requests weigh about the same
 MOST_REQUESTS = 40_000  # of a simulation
+STALLS = 0.9  # quantile of a shape beyond which it is the machine that stalled, and not the request that is larger
 
 
 def shards(rerank: int, workers: int) -> int:
@@ -30,9 +31,13 @@ def shards(rerank: int, workers: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is simulated: who there is, and what a request takes them. scale: seconds over those of the calibration."""
+    """What is simulated: who there is, and what a request takes them.
+
+    base: what the demand's shapes were measured in. scale: seconds over those of the calibration.
+    """
 
     demand: Demand
+    base: Configuration
     configuration: Configuration
     machine: Machine
     has_client: bool = False
@@ -49,16 +54,15 @@ class Model:
             Station("client", 1),
         ]
 
-    def means(self) -> dict[str, float]:
+    def means(self, configuration: Configuration | None = None) -> dict[str, float]:
         """CPU seconds of a request by who spends them, on average."""
-        d, c = self.demand, self.configuration
+        d, c = self.demand, configuration or self.configuration
         n_shards = shards(c.rerank, c.workers)
-        retrieval, preranking = d.retrieval(c.retrieve), d.preranking(c.retrieve)
         means = {
-            "loop": d.loop_s + n_shards * d.fan_out_s + c.rerank * d.row_s,
+            "loop": d.loop_s + self._dealing(c),
             "users": d.users_s,
-            "retrieval": retrieval,
-            "preranking": preranking,
+            "retrieval": d.retrieval(c.retrieve),
+            "preranking": d.preranking(c.retrieve),
             "reranking": n_shards * d.shard(c.rerank / n_shards),
             "client": d.client_s if self.has_client else 0.0,
         }
@@ -66,25 +70,31 @@ class Model:
 
     def steps(self, n: int, rng: np.random.Generator) -> list[Step]:
         """The steps of n requests. Their shapes are drawn whole, so that who is slow in one is so in all, as met."""
-        d, c, means = self.demand, self.configuration, self.means()
-        drawn = np.asarray(d.shapes)[rng.integers(0, len(d.shapes), n)]
-        of_loop, of_narrow, of_shards = drawn.T
-        n_shards = shards(c.rerank, c.workers)
-        dealing = self.scale * (n_shards * d.fan_out_s + c.rerank * d.row_s)
-        own = means["loop"] - dealing
-        narrow = means["users"] + means["retrieval"] + means["preranking"]
-        parts = np.repeat((of_shards * means["reranking"] / n_shards)[:, None], n_shards, axis=1)
+        d, c, means, base = self.demand, self.configuration, self.means(), self.means(self.base)
+        drawn = np.asarray(d.shapes)
+        of_loop, of_narrow, of_shards = drawn[rng.integers(0, len(drawn), n)].T
+        n_shards, n_base = (shards(one.rerank, one.workers) for one in (c, self.base))
+        dealing = self.scale * self._dealing(c)
+        own, own_base = means["loop"] - dealing, base["loop"] - self.scale * self._dealing(self.base)
+        ends = _drawn(own, own_base, of_loop, drawn[:, 0], rng)
+        narrow = _drawn(_narrow(means), _narrow(base), of_narrow, drawn[:, 1], rng)
+        longest = _drawn(means["reranking"] / n_shards, base["reranking"] / n_base, of_shards, drawn[:, 2], rng)
+        pause = self.scale * d.round_trip_s * np.minimum(of_shards, np.quantile(drawn[:, 2], STALLS))
         steps = [
-            Step(LOOP, BEFORE * own * of_loop, self.scale * d.hop_s * of_loop),
-            Step(WORKERS if d.narrow_on == "workers" else NARROW, narrow * of_narrow),
+            Step(LOOP, BEFORE * ends, np.full(n, self.scale * d.hop_s)),
+            Step(WORKERS if d.narrow_on == "workers" else NARROW, narrow),
             Step(LOOP, np.full(n, dealing)),
-            Step(WORKERS, parts, self.scale * d.round_trip_s * of_shards),
-            Step(LOOP, (1 - BEFORE) * own * of_loop),
+            Step(WORKERS, np.repeat(longest[:, None], n_shards, axis=1), pause),
+            Step(LOOP, (1 - BEFORE) * ends),
         ]
         if self.has_client:
             half = np.full(n, means["client"] / 2)
             steps = [Step(CLIENT, half), *steps, Step(CLIENT, half)]
         return steps
+
+    def _dealing(self, c: Configuration) -> float:
+        """The loop's CPU to deal out shards and to collect them, at the reference speed."""
+        return shards(c.rerank, c.workers) * self.demand.fan_out_s + c.rerank * self.demand.row_s
 
     def at(self, rate: float, seconds: float, seed: int = 0) -> Simulated:
         """What Poisson arrivals of this rate meet for so long; never more than 40,000 requests of it."""
@@ -96,15 +106,33 @@ class Model:
     @property
     def bound(self) -> float:
         """Requests a second that no arrangement exceeds: the cores' time, or the loop's own, over what one takes."""
-        means = self.means()
+        means, c = self.means(), self.configuration
+        narrow, of_workers = _narrow(means), means["reranking"]
+        if self.demand.narrow_on == "workers":
+            narrow, of_workers = 0.0, of_workers + narrow
         whole = sum(means.values()) / self.machine.cores
-        narrow = means["users"] + means["retrieval"] + means["preranking"]
-        c = self.configuration
-        held = {"loop": means["loop"], "workers": means["reranking"] / c.workers}
-        held["workers" if self.demand.narrow_on == "workers" else "narrow"] = (
-            (means["reranking"] + narrow) / c.workers if self.demand.narrow_on == "workers" else narrow / c.threads
-        )
-        return 1 / max(whole, *held.values())
+        return 1 / max(whole, means["loop"], narrow / c.threads, of_workers / c.workers)
+
+
+def _narrow(means: dict[str, float]) -> float:
+    return means["users"] + means["retrieval"] + means["preranking"]
+
+
+def _drawn(mean: float, base: float, shape: Floats, shapes: Floats, rng: np.random.Generator) -> Floats:
+    """Seconds of single requests whose mean is `mean`, from shapes measured where it was `base`.
+
+    What varies with the request grows with the work. The slowest tenth met stalls of the machine: those keep their
+    length, and longer work meets them more often.
+    """
+    if base <= 0:
+        return mean * shape
+    edge, ratio = float(np.quantile(shapes, STALLS)), mean / base
+    stalls = np.maximum(shapes - edge, 0.0)
+    met = np.maximum(shape - edge, 0.0) * (rng.random(len(shape)) < ratio)
+    for more in range(1, int(np.ceil(ratio))):
+        again = stalls[rng.integers(0, len(stalls), len(shape))]
+        met = met + again * (rng.random(len(shape)) < ratio - more)
+    return np.asarray(mean * np.minimum(shape, edge) + base * met)
 
 
 def model(
@@ -117,7 +145,7 @@ def model(
 ) -> Model:
     """The calibrated service in another configuration; scale: how much slower the machine is than it was."""
     machine = Machine(cores or calibration.cores, calibration.contention, calibration.wake_s * scale)
-    return Model(calibration.demand, configuration, machine, has_client, scale)
+    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale)
 
 
 def latencies(models: list[Model], rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:

@@ -10,17 +10,16 @@ when the last of them is. Who is busy when all cores are also waits to be put on
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 NEVER = float("inf")
-DONE = 1e-12  # seconds of work that rounding may leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def simulate(
     woken: dict[tuple[int, int], list[float]] = {}
     left, finished = [0] * n, np.zeros(n)
     times, following, now = arrivals.tolist(), 0, 0.0
-    speeds, held = speed(running), [0.0] * n_stations
+    (speeds, shares), held = speed(running), [0.0] * n_stations
 
     def begin(request: int, at: int) -> None:
         """A step's parts go to its station."""
@@ -103,50 +102,49 @@ def simulate(
     def serve(station: int, work: float, request: int, at: int) -> None:
         if machine.wake_s and stations[station].weight and sum(running) >= machine.cores:
             woken.setdefault((request, at), []).append(work)
-            heapq.heappush(later, (now + next(waits), 1, request, at))
+            heappush(later, (now + next(waits), 1, request, at))
         else:
             run(station, work, request, at)
 
     def run(station: int, work: float, request: int, at: int) -> None:
         running[station] += 1
-        heapq.heappush(ends[station], (clocks[station] + work, request, at))
+        heappush(ends[station], (clocks[station] + work, request, at))
 
+    everybody = range(n_stations)
     while following < n or later or any(running):
         due, where = NEVER, -1
-        for s in range(n_stations):
+        for s in everybody:
             if running[s]:
-                takes = max(0.0, ends[s][0][0] - clocks[s]) / speeds[s]
+                takes = (ends[s][0][0] - clocks[s]) / speeds[s]
                 if takes < due:
                     due, where = takes, s
-        due += now
+        due = now + due if due > 0 else now  # rounding may have left less than nothing
         arrival = times[following] if following < n else NEVER
         waiting = later[0][0] if later else NEVER
-        instant = min(due, arrival, waiting)
-        passed = instant - now
-        if passed > 0:
-            for s in range(n_stations):
-                if running[s]:
-                    clocks[s] += passed * speeds[s]
-                    held[s] += passed * running[s] * speed.shares[s]
-        now = instant
+        before, now = now, min(due, arrival, waiting)
+        passed = now - before
+        for s in everybody:
+            if running[s]:
+                clocks[s] += passed * speeds[s]
+                held[s] += passed * running[s] * shares[s]
         if due <= arrival and due <= waiting:
-            _, request, at = heapq.heappop(ends[where])
+            _, request, at = heappop(ends[where])
             running[where] -= 1
             if queues[where]:
                 serve(where, *queues[where].popleft())
             else:
                 free[where] += 1
             left[request] -= 1
-            if not left[request]:
-                pause = pauses[at]
-                if pause is not None and pause[request] > 0:
-                    heapq.heappush(later, (now + pause[request], 0, request, at + 1))
-                elif at + 1 < n_steps:
-                    begin(request, at + 1)
-                else:
-                    finished[request] = now
+            if left[request]:
+                pass
+            elif pauses[at] is not None and pauses[at][request] > 0:
+                heappush(later, (now + pauses[at][request], 0, request, at + 1))
+            elif at + 1 < n_steps:
+                begin(request, at + 1)
+            else:
+                finished[request] = now
         elif waiting <= arrival:
-            _, is_wait, request, at = heapq.heappop(later)
+            _, is_wait, request, at = heappop(later)
             if is_wait:
                 run(of_step[at], woken[request, at].pop(), request, at)
             elif at < n_steps:
@@ -156,25 +154,24 @@ def simulate(
         else:
             following += 1
             begin(following - 1, 0)
-        speeds = speed(running)
+        speeds, shares = speed(running)
     return Simulated(finished - arrivals, tuple(held), sum(held) / now if now else 0.0)
 
 
 class _Speeds:
-    """How fast each station's jobs run, by how many are running in each; remembered. shares: of a core, of the last."""
+    """How fast each station's jobs run, and which share of a core each holds, by how many run in each; remembered."""
 
     def __init__(self, stations: Sequence[Station], machine: Machine) -> None:
         self.weights = [station.weight for station in stations]
         self.machine = machine
         self.known: dict[tuple[int, ...], tuple[list[float], list[float]]] = {}
-        self.shares: list[float] = []
 
-    def __call__(self, running: list[int]) -> list[float]:
+    def __call__(self, running: list[int]) -> tuple[list[float], list[float]]:
         key = tuple(running)
-        if key not in self.known:
-            self.known[key] = self._of(running)
-        speeds, self.shares = self.known[key]
-        return speeds
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = self._of(running)
+        return found
 
     def _of(self, running: list[int]) -> tuple[list[float], list[float]]:
         """Cores by weight, at most one each: who would get more leaves the rest to the others."""

@@ -1,0 +1,203 @@
+"""`python -m loadtest capacity`: what the planner predicts against what the service does.
+
+    calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
+
+No number of the other configurations enters a prediction but how fast the machine was meanwhile: it drifts, so a probe
+runs before and after each part of each run, and the prediction is for the speeds met. The load generator runs on the
+same machine and takes its CPU: here, and only here, it is a station of the simulation.
+"""
+
+import argparse
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loadtest import launch, search
+from loadtest.plan import bundles, calibration, measure
+from loadtest.plan.calibration import Calibration, Configuration
+from loadtest.plan.planning import highest_rate
+from loadtest.plan.recipe import Model, latencies, model
+from loadtest.plan.speed import probing
+from loadtest.table import Figure, verdict
+
+BUNDLE, SLA_S = Path("models/bundles/w1"), 0.1
+BASE = (500, 125, 2)  # widths and workers of the calibration
+OTHERS = ((250, 50, 1), (250, 50, 2), (500, 60, 2), (500, 125, 1), (500, 250, 2), (1_000, 125, 2))
+SHARES = (0.5, 0.7, 0.85)  # of the highest rate
+MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
+LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
+REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
+NEAR = 1.3  # steps of the search within this ratio of the rate found say how fast the machine was
+RECOVERY_S = 30.0
+
+
+@dataclass
+class Row:
+    """One configuration: what was measured, what was predicted for the speed met."""
+
+    configuration: Configuration
+    rate: float = math.nan
+    predicted_rate: float = math.nan
+    slower: float = math.nan
+    p99_s: dict[float, tuple[float, float]] = field(default_factory=dict)  # share → measured, predicted
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self) -> list[Figure]:
+        """Errors as ratios, predicted over measured less one."""
+        errors = [_error("highest rate", self.predicted_rate, self.rate, MOST_RATE_ERROR)]
+        for share in SHARES:
+            measured, predicted = self.p99_s.get(share, (math.nan, math.nan))
+            errors.append(_error(f"p99 at {share:.0%}", predicted, measured, MOST_P99_ERROR))
+        return errors
+
+
+def _error(name: str, predicted: float, measured: float, most: float) -> Figure:
+    return Figure(f"{name}, error", predicted / measured - 1 if measured else math.nan, least=-most, most=most)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--requests", type=Path, help="JSON requests, one a line; BUNDLE.requests.jsonl")
+    parser.add_argument("--calibration", type=Path, help="one of this bundle at these widths, instead of measuring it")
+    parser.add_argument("--only", metavar="N[,N]", help="these configurations only, by number from 1")
+    parser.add_argument("--quick", action="store_true", help="short runs, to see that it works: no measurement")
+
+
+def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    requests = parsed.requests or bundles.requests_of(parsed.bundle)
+    for path in (parsed.bundle / "manifest.json", requests):
+        if not path.exists():
+            parser.error(f"{path} isn't there")
+    allowed = range(1, len(OTHERS) + 1)
+    chosen = [int(n) for n in parsed.only.split(",")] if parsed.only else list(allowed)[: 2 if parsed.quick else None]
+    if not set(chosen) <= set(allowed):
+        parser.error(f"--only: there are 1 to {len(OTHERS)}")
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
+
+    threads = os.cpu_count() or 1
+    rows = []
+    with bundles.folder_beside(parsed.bundle) as folder:
+        if parsed.calibration:
+            calibrated = calibration.read(parsed.calibration)
+        else:
+            narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
+            calibrated = measure.calibrate(narrow, requests, BASE[2], say, is_quick=parsed.quick)
+        for number in chosen:
+            retrieve, rerank, workers = OTHERS[number - 1]
+            row = Row(Configuration(retrieve, rerank, workers, threads))
+            rows.append(row)
+            say(f"{number}: {row.configuration} …")
+            try:
+                bundle = bundles.at_widths(parsed.bundle, folder, retrieve, rerank)
+                _measure(row, bundle, requests, calibrated, is_quick=parsed.quick, say=say)
+            except (RuntimeError, OSError) as e:  # the others are still worth having; this one misses its bars
+                say(f"  could not be measured: {e}")
+                row.notes.append(f"not measured: {type(e).__name__}")
+    print(table(rows, calibrated))
+    facts: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "bundle": parsed.bundle.name,
+        "calibrated": str(calibrated.base),
+        "is_quick": parsed.quick,
+        "seconds": round(time.monotonic() - began),
+    }
+    groups = [(str(row.configuration), row.figures()) for row in rows]
+    return 0 if verdict("capacity", groups, sys.stdout, facts, heading="configuration") else 1
+
+
+# --------------------------------------------------------------------------------------- one configuration
+
+
+def _measure(
+    row: Row, bundle: Path, requests: Path, calibrated: Calibration, *, is_quick: bool, say: Callable[[str], None]
+) -> None:
+    """Fill the row. Raises RuntimeError when the service can't be measured."""
+
+    def predicts(speed_s: float) -> Model:
+        return model(calibrated, row.configuration, scale=speed_s / calibrated.speed_s, has_client=True)
+
+    with probing() as probe, measure.serve(bundle, row.configuration, SLA_S * 1e3) as server:
+        target = measure.Target(server, measure.read_bodies(requests), probe)
+        measure.single(target, row.configuration.rerank, 100)
+        steps: list[tuple[float, float]] = []
+
+        def holds(rate: float) -> bool:
+            settle(server)
+            seen, speeds = measure.run(target, rate, 2.0 if is_quick else STEP_S, 1, len(steps))
+            steps.append((rate, float(np.mean(speeds))))
+            one = measure.summed_up(seen, rate, speeds, STEP_S)
+            say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
+            is_answered = bool(seen.is_ok.mean() >= LEAST_ANSWERED)
+            return is_answered and one.coverage >= LEAST_COVERAGE and one.p99_s <= SLA_S
+
+        start = predicts(probe()).bound / 2
+        row.rate = search.highest_rate(holds, start, within=0.2 if is_quick else 0.04)
+        if not row.rate:
+            raise RuntimeError("no rate keeps the SLA")
+        near = [speed for rate, speed in steps if 1 / NEAR < rate / row.rate < NEAR]
+        row.slower = float(np.mean(near)) / calibrated.speed_s
+        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), SLA_S, 10_000)
+        say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
+        for share in SHARES:
+            settle(server)
+            _at(row, share, target, predicts, 200 if is_quick else REQUESTS, say)
+
+
+def _at(
+    row: Row,
+    share: float,
+    target: measure.Target,
+    predicts: Callable[[float], Model],
+    requests: int,
+    say: Callable[[str], None],
+) -> None:
+    rate = share * row.rate
+    seconds = requests * 1.02 / rate  # a Poisson process of so long has at least so many
+    parts = math.ceil(seconds / PART_S)
+    seen, speeds = measure.run(target, rate, seconds, parts, int(share * 100))
+    one = measure.summed_up(seen, rate, speeds, seconds)
+    met = latencies([predicts(speed) for speed in speeds], rate, seconds)
+    row.p99_s[share] = one.p99_s, float(np.percentile(met, 99))
+    late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
+    p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"
+    p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in row.p99_s[share]))
+    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; sent late by {late_ms:.2f} ms")
+    if one.coverage < LEAST_COVERAGE:
+        row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
+
+
+def settle(server: launch.Server) -> None:
+    """Wait until the service runs at full quality."""
+    launch.wait_for(lambda: server.metric("winnow_quality") >= 1, RECOVERY_S, "full quality")
+
+
+def table(rows: Sequence[Row], calibrated: Calibration) -> str:
+    """What was measured and what was predicted, in Markdown."""
+    shares = " | ".join(f"p99 at {share:.0%}, ms" for share in SHARES)
+    lines = [
+        f"Calibrated {calibrated.date} with {calibrated.base}: cores lose {calibrated.contention:.0%} to each other, "
+        f"{calibrated.wake_s * 1e3:.2f} ms to wake. Each cell: measured / predicted for the speed met.",
+        "",
+        f"| configuration | machine's speed met | highest rate, a second | {shares} | notes |",
+        f"|---|---|---|{'---|' * len(SHARES)}---|",
+    ]
+    for row in rows:
+        cells = []
+        for share in SHARES:
+            measured, predicted = row.p99_s.get(share, (math.nan, math.nan))
+            cells.append(f"{measured * 1e3:.1f} / {predicted * 1e3:.1f}")
+        speed, rate = f"{1 / row.slower:.2f} x", f"{row.rate:.0f} / {row.predicted_rate:.0f}"
+        lines.append(f"| {row.configuration} | {speed} | {rate} | {' | '.join(cells)} | {'; '.join(row.notes)} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,48 @@
+"""Bundles to measure on: the same at other widths, and made-up worlds of other sizes. The offline half makes them, as
+processes of its own (`python -m models rewidth | synthesize`), beside the one they come from.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from loadtest.launch import ROOT
+
+PATIENCE_S = 1_800.0
+
+
+@contextlib.contextmanager
+def folder_beside(bundle: Path) -> Iterator[Path]:
+    """A folder on the bundle's file system, so that files can be links; removed at the end."""
+    with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.plan.", dir=bundle.parent) as folder:
+        yield Path(folder)
+
+
+def at_widths(bundle: Path, folder: Path, retrieve: int, rerank: int) -> Path:
+    """The bundle at these widths, in the folder. Raises RuntimeError with what was said."""
+    out = folder / f"{bundle.name}-{retrieve}-{rerank}"
+    if not out.exists():
+        _make("rewidth", bundle, "--retrieve", retrieve, "--rerank", rerank, "--out", out)
+    return out
+
+
+def world(folder: Path, items: int, hidden: tuple[int, ...], d: int) -> Path:
+    """A made-up bundle of so many items, with a re-ranker of these layers; its requests are beside it."""
+    out = folder / f"{items}-{hidden[0]}"
+    units = ",".join(map(str, hidden))
+    _make("synthesize", "--items", items, "--hidden", units, "--dim", d, "--out", out, "--name", out.name)
+    return out
+
+
+def requests_of(bundle: Path) -> Path:
+    return bundle.with_name(f"{bundle.name}.requests.jsonl")
+
+
+def _make(*command: object) -> None:
+    asked = [sys.executable, "-m", "models", *map(str, (c.resolve() if isinstance(c, Path) else c for c in command))]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    if done.returncode:
+        raise RuntimeError(f"python -m models {command[0]}: {(done.stderr or done.stdout).strip()[-500:]}")

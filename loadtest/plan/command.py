@@ -1,0 +1,280 @@
+"""The command line of `python -m loadtest plan`: calibrate, ask, vary one parameter and draw it."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest.plan import bundles, calibration, classic, complexity, draw, measure, memory, planning, report, widths
+from loadtest.plan.calibration import Calibration, CalibrationError
+from loadtest.plan.planning import Question
+
+BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
+NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
+POINTS = 9  # of a what-if
+# What --what-if may vary → whether it is a whole number
+VARIED = {
+    "qps": False, "p99": False, "items": True, "cores": True, "workers": True, "retrieve": True, "rerank": True,
+    "shards": True, "documents": True, "doc-ms": False,
+}  # fmt: skip
+NONE = (planning.Interval(float("nan"), float("nan"), float("nan")),) * 2  # p50 and p99 where there are none
+BY_HAND = ("shards", "documents", "doc-ms")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--qps", type=float, default=100.0, help="requests a second, of all machines")
+    parser.add_argument("--p99", type=seconds, default=0.1, help="the SLA: 100ms, 0.1s, or a number of milliseconds")
+    parser.add_argument("--items", type=whole, help="of the catalogue: 1_000_000, 100e6; the calibration's if absent")
+    parser.add_argument("--retrieve", type=whole, help="width of retrieval; the bundle's if absent")
+    parser.add_argument("--rerank", type=whole, help="width of re-ranking; the bundle's if absent")
+    parser.add_argument("--quality-floor", type=float, help="of NDCG, such as 0.98: the cheapest widths that keep it")
+    parser.add_argument("--cores", type=whole, help="of a machine; the calibration's if absent")
+    parser.add_argument("--workers", type=whole, help="of a machine; if absent, what gives the highest rate")
+    parser.add_argument("--price", type=float, help="of a core-hour, in any currency")
+    parser.add_argument("--what-if", type=varied, metavar="PARAM=A..B", help=f"vary one of {', '.join(VARIED)}")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="where --what-if draws")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="what is served; its widths, losses and sizes")
+    parser.add_argument("--requests", type=Path, help="JSON requests, one a line; BUNDLE.requests.jsonl")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="where it is kept")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine first: two minutes")
+    parser.add_argument("--complexity", action="store_true", help="fit exponents on worlds of several sizes: minutes")
+    parser.add_argument("--quick", action="store_true", help="a short calibration, to see that it works")
+    by_hand = parser.add_argument_group("by hand, without a calibration")
+    by_hand.add_argument("--doc-ms", type=float, help="milliseconds a document in the deep model")
+    by_hand.add_argument("--documents", type=whole, default=500)
+    by_hand.add_argument("--shards", type=whole_list, default=[1, 5], help="such as 1,5")
+    by_hand.add_argument("--fan-out-ms", type=float, default=0.0, help="milliseconds a shard, of who deals out")
+
+
+def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    if parsed.what_if and (parsed.what_if.name in BY_HAND) != (parsed.doc_ms is not None and not _is_shared(parsed)):
+        parser.error(f"--what-if: {', '.join(BY_HAND)} go with --doc-ms, the others without")
+    if parsed.doc_ms is not None:
+        return _by_hand(parsed)
+    try:
+        known = _calibrate(parsed) if parsed.calibrate or parsed.complexity else calibration.read(parsed.calibration)
+        return _planned(parsed, known)
+    except (CalibrationError, ValueError, RuntimeError, OSError) as e:
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+
+
+def _is_shared(parsed: argparse.Namespace) -> bool:
+    """Whether what is varied goes with both kinds of plan."""
+    return parsed.what_if is not None and parsed.what_if.name == "qps"
+
+
+# ------------------------------------------------------------------------------------------ calibrated
+
+
+def _calibrate(parsed: argparse.Namespace) -> Calibration:
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
+
+    bundle = parsed.bundle
+    if parsed.calibrate:
+        full = measure.manifest_of(bundle)["funnel"]
+        workers = parsed.workers or max(2, parsed.cores or 2)
+        with bundles.folder_beside(bundle) as folder:
+            retrieve, rerank = (max(full["k"], full[width] // NARROW) for width in ("retrieve", "rerank"))
+            narrow = bundles.at_widths(bundle, folder, retrieve, rerank)
+            requests = parsed.requests or bundles.requests_of(bundle)
+            known = measure.calibrate(narrow, requests, workers, say, is_quick=parsed.quick)
+    else:
+        known = calibration.read(parsed.calibration)
+    if parsed.complexity:
+        known = complexity.measured(known, bundle, say, is_quick=parsed.quick)
+    calibration.write(known, parsed.calibration)
+    say(f"kept in {parsed.calibration}")
+    return known
+
+
+def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
+    manifest = measure.manifest_of(parsed.bundle)
+    full = manifest["funnel"]
+    question = Question(
+        qps=parsed.qps,
+        p99_s=parsed.p99,
+        items=parsed.items or known.items,
+        retrieve=parsed.retrieve or full["retrieve"],
+        rerank=parsed.rerank or full["rerank"],
+        cores=parsed.cores or known.cores,
+        workers=parsed.workers,
+        price=parsed.price,
+    )
+    if parsed.quality_floor is not None:
+
+        def cpu_s(retrieve: int, rerank: int) -> float:
+            asked = replace(question, retrieve=retrieve, rerank=rerank)
+            return sum(planning.variants(known, asked)[0].means().values())
+
+        choice = widths.cheapest(manifest, parsed.quality_floor, cpu_s)
+        print("\n".join(report.choice_lines(choice, cpu_s(full["retrieve"], full["rerank"]), parsed.quality_floor)))
+        question = replace(question, retrieve=choice.retrieve, rerank=choice.rerank)
+    if parsed.what_if:
+        return _what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question))
+    plan = planning.plan(known, question)
+    is_other = question.items != known.items
+    kind = memory.kind_for(question.items, known.d, question.retrieve) if is_other else known.kind
+    tables = memory.tables(parsed.bundle)
+    held = memory.machine_bytes(known, tables, question.items, kind, plan.configuration.workers)
+    print("\n".join(report.plan_lines(known, question, plan, held)))
+    times = memory.machine_bytes(known, tables, known.items, known.kind, known.base.workers) / known.memory.pss
+    print(f"{'memory':<20}  by formula, which gives {times:.2f} times the PSS measured of what was calibrated")
+    return 0
+
+
+def _with(question: Question, name: str, value: float) -> Question:
+    changes: dict[str, Any] = {"p99_s": value / 1e3} if name == "p99" else {name: value}
+    return replace(question, **changes)
+
+
+def _columns(known: Calibration, question: Question) -> dict[str, float]:
+    plan = planning.plan(known, question)
+    return {
+        "machines": plan.machines,
+        "workers": plan.configuration.workers,
+        "highest rate /s": plan.rate.likely,
+        "rate low": plan.rate.low,
+        "rate high": plan.rate.high,
+        "p50 ms": plan.p50_s.likely * 1e3,
+        "p99 ms": plan.p99_s.likely * 1e3,
+        "p99 low": plan.p99_s.low * 1e3,
+        "p99 high": plan.p99_s.high * 1e3,
+    }
+
+
+def _charts(question: Question) -> list[tuple[str, tuple[tuple[str, str, str], ...], float | None]]:
+    """Title, curves (their column, and those of the band), level."""
+    sla_ms = question.p99_s * 1e3
+    return [
+        ("Latency at the rate asked for, ms", (("p99 ms", "p99 low", "p99 high"), ("p50 ms", "", "")), sla_ms),
+        ("Highest rate of one machine at the SLA, a second", (("highest rate /s", "rate low", "rate high"),), None),
+        ("Machines", (("machines", "", ""),), None),
+    ]
+
+
+# --------------------------------------------------------------------------------------------- by hand
+
+
+def _by_hand(parsed: argparse.Namespace) -> int:
+    asked = classic.Sum(parsed.documents, parsed.doc_ms / 1e3, parsed.fan_out_ms / 1e3)
+    if parsed.what_if:
+        shards = parsed.shards[-1]
+
+        def vary(name: str, value: float) -> tuple[classic.Sum, int, float]:
+            if name == "documents":
+                return replace(asked, documents=int(value)), shards, parsed.qps
+            if name == "doc-ms":
+                return replace(asked, document_s=value / 1e3), shards, parsed.qps
+            return (asked, shards, value) if name == "qps" else (asked, int(value), parsed.qps)
+
+        def columns(of: tuple[classic.Sum, int, float]) -> dict[str, float]:
+            one, n, qps = of
+            workers = one.workers(qps, n, parsed.p99)
+            p50, p99 = one.percentiles_s(qps, n, workers) if workers else NONE
+            return {
+                "shards": n,
+                "a lone request ms": one.alone_s(n) * 1e3,
+                "workers": workers,
+                "p50 ms": p50.likely * 1e3,
+                "p99 ms": p99.likely * 1e3,
+            }
+
+        drawn = [
+            ("Latency, ms", (("a lone request ms", "", ""), ("p99 ms", "", "")), parsed.p99 * 1e3),
+            (f"Workers for {parsed.qps:g} requests a second", (("workers", "", ""),), None),
+        ]
+        return _what_if(parsed, vary, columns, drawn)
+    found = {}
+    for n in parsed.shards:
+        workers = asked.workers(parsed.qps, n, parsed.p99)
+        found[n] = (workers, *(asked.percentiles_s(parsed.qps, n, workers) if workers else NONE))
+    print(f"{parsed.qps:,.0f} requests a second, p99 <= {parsed.p99 * 1e3:g} ms")
+    print("\n".join(report.classic_lines(asked, parsed.shards, parsed.items, found)))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------- what if
+
+
+@dataclass(frozen=True, slots=True)
+class Varied:
+    name: str
+    values: tuple[float, ...]
+
+
+def varied(text: str) -> Varied:
+    """PARAM=A..B as up to nine values, evenly spread in ratio. Raises ArgumentTypeError."""
+    name, _, span = text.partition("=")
+    low, _, high = span.partition("..")
+    if name not in VARIED:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VARIED)}")
+    try:
+        first, last = float(low.removesuffix("ms")), float(high.removesuffix("ms"))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{span!r} is no range A..B") from e
+    if not 0 < first < last:
+        raise argparse.ArgumentTypeError(f"{span!r}: allowed is 0 < A < B")
+    values = np.geomspace(first, last, POINTS)
+    return Varied(name, tuple(sorted({round(v) for v in values}) if VARIED[name] else values.tolist()))
+
+
+def _what_if(
+    parsed: argparse.Namespace,
+    vary: Callable[[str, float], Any],
+    columns: Callable[[Any], dict[str, float]],
+    drawn: list[tuple[str, tuple[tuple[str, str, str], ...], float | None]],
+) -> int:
+    """Print the table and draw it."""
+    name, x = parsed.what_if.name, parsed.what_if.values
+    rows = [columns(vary(name, value)) for value in x]
+    heads = list({name: None} | dict.fromkeys(rows[0]))
+    cells = [{name: at} | row for at, row in zip(x, rows, strict=True)]
+    table = [heads, *([f"{row[head]:,.4g}" for head in heads] for row in cells)]
+    spaces = [max(len(line[i]) for line in table) for i in range(len(heads))]
+    text = "\n".join("  ".join(cell.rjust(space) for cell, space in zip(line, spaces, strict=True)) for line in table)
+    print(text)
+
+    def column(which: str) -> list[float]:
+        return [row[which] for row in rows] if which else []
+
+    charts = []
+    for title, curves, level in drawn:
+        made = [draw.Curve(c, column(c), column(low), column(high)) for c, low, high in curves]
+        own = level if name != "p99" else None  # a level that is varied is no level
+        charts.append(draw.chart(title, name, x, made, own))
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    said = f"python -m loadtest plan --what-if {name}={x[0]:g}..{x[-1]:g}, by simulation; docs/capacity.md says how."
+    parsed.out.write_text(draw.page(f"What if: {name}", said, charts, text))
+    print(f"\ndrawn in {parsed.out}")
+    return 0
+
+
+def seconds(text: str) -> float:
+    """100ms, 0.1s, or a number of milliseconds, as seconds."""
+    for unit, size in (("ms", 1e-3), ("s", 1.0), ("", 1e-3)):
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * size
+    raise ValueError(text)
+
+
+def whole(text: str) -> int:
+    """A whole number above 0; 100e6 is one."""
+    value = float(text)
+    if value != int(value) or value < 1:
+        raise ValueError(text)
+    return int(value)
+
+
+def whole_list(text: str) -> list[int]:
+    return [whole(one) for one in text.split(",")]

@@ -1,0 +1,123 @@
+"""A plan in words: what it takes, what it will do, and where each number comes from. Text out; nothing is decided."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from loadtest.plan.calibration import SIZES, STAGES, Calibration
+from loadtest.plan.classic import Sum
+from loadtest.plan.memory import GIB, index_bytes, kind_for
+from loadtest.plan.planning import NARROWS_AT, Interval, Plan, Question, growth_of
+from loadtest.plan.widths import Choice
+
+ENDLESS_S = 2.0  # a p99 beyond it means a queue that grows
+TYPICAL_D = 64  # dimensions assumed of a catalogue that is only a number
+
+
+def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_bytes: float) -> Iterator[str]:
+    """What the plan is, and then how far to trust it."""
+    c, qps = plan.configuration, question.qps
+    asked = f"{qps:,.0f} requests a second, p99 <= {question.p99_s * 1e3:g} ms, {question.items:,} items"
+    yield f"{asked}, widths {c.retrieve} -> {c.rerank}"
+    yield ""
+    if plan.machines:
+        tried = ", ".join(f"{w}: {r:.0f}/s" for w, r in plan.by_workers.items())
+        yield _row("machines", f"{plan.machines} of {question.cores} cores")
+        yield _row("workers a machine", f"{c.workers}   ({tried})")
+        yield _row("memory a machine", f"{memory_bytes / GIB:.1f} GiB")
+        yield _row("highest rate", f"{_interval(plan.rate)} a second on one machine, at full quality")
+        met = f"p50 {_ms(plan.p50_s)}, p99 {_ms(plan.p99_s)}, cores busy {plan.busy:.0%}"
+        yield _row(f"at {qps / plan.machines:,.0f}/s each", met)
+        yield _row("headroom", "; ".join(f"{name} {share:+.0%}" for name, share in plan.headroom.items()))
+        if plan.per_million is not None:
+            yield _row("a million requests", f"{plan.per_million:.3g} at {question.price:g} a core-hour")
+    else:
+        yield f"no rate keeps p99 under {NARROWS_AT:.0%} of the SLA on {question.cores} cores: one alone is too slow"
+    yield _row("CPU of a request", ", ".join(f"{who} {s * 1e3:.2f} ms" for who, s in plan.stage_s.items() if s))
+    yield ""
+    yield from _provenance(calibration, question, plan)
+
+
+def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Iterator[str]:
+    """Which numbers were measured here, which fitted, simulated, extrapolated."""
+    quick = "; a quick one, no measurement" if calibration.is_quick else ""
+    where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base}"
+    yield _row("measured", f"{where}; the narrow part runs on {calibration.demand.narrow_on}{quick}")
+    lose = f"cores lose {calibration.contention:.0%} to each other, who wakes waits {calibration.wake_s * 1e3:.2f} ms"
+    runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
+    yield _row("fitted", f"{lose}; {runs}")
+    yield _row("simulated", "all rates and latencies, without the network and a load generator; the intervals are")
+    yield _row("", "the speeds this machine had during the calibration, and two seeds")
+    if plan.machines > 1:
+        yield _row("never measured", f"{plan.machines} machines: one is simulated, requests are spread at random")
+    if question.cores != calibration.cores:
+        yield _row(
+            "extrapolated", f"{question.cores} cores from {calibration.cores}: as slow with all busy as those were"
+        )
+    if question.items != calibration.items:
+        grows = growth_of(calibration)
+        likely, low, high = grows.growth(question.items / calibration.items)
+        yield _row("extrapolated", f"retrieval at {question.items:,} items from {calibration.items:,}, with the power")
+        yield _row("", f"{grows}: {likely:.3g} times ({low:.3g} to {high:.3g})")
+        if calibration.kind != (kind := kind_for(question.items, calibration.d, question.retrieve)):
+            yield _row("", f"its index would be {kind}, and {calibration.kind} was measured")
+    if calibration.exponents:
+        yield ""
+        yield from complexity_lines(calibration)
+    else:
+        yield _row("not measured", "how cost grows with catalogue and model; `plan --complexity` does it")
+
+
+def _row(head: str, said: str) -> str:
+    return f"{head:<20}  {said}"
+
+
+def complexity_lines(calibration: Calibration) -> Iterator[str]:
+    """Cost of a stage ~ items^a · width^b · model^c, with intervals of 90 %."""
+    yield "cost grows as a power of".ljust(26) + "".join(size.ljust(24) for size in SIZES)
+    for stage in STAGES:
+        sizes = calibration.exponents.get(stage, {})
+        yield f"  {stage}".ljust(26) + "".join(str(sizes.get(size, "-")).ljust(24) for size in SIZES).rstrip()
+
+
+def choice_lines(choice: Choice, whole_s: float, floor: float) -> Iterator[str]:
+    yield (
+        f"cheapest widths that keep {floor:.1%} of NDCG: {choice.retrieve} -> {choice.rerank}, expected loss "
+        f"{choice.loss:.2%}, {choice.cpu_s / whole_s:.0%} of the CPU of the full widths"
+    )
+    yield "(by the bundle's own table of losses; `python -m models rewidth` makes a bundle with them to try)"
+    yield ""
+
+
+def classic_lines(
+    classic: Sum, shards: Sequence[int], items: int | None, found: Mapping[int, tuple[int, Interval, Interval]] | None
+) -> Iterator[str]:
+    """found: of each number of shards, workers, p50 and p99 at the rate asked for."""
+    yield f"{classic.documents:,} documents at {classic.document_s * 1e3:g} ms each, by hand: nothing here was measured"
+    yield ""
+    head = "shards  a lone request"
+    yield head + ("   workers for the rate   p50, p99 by simulation" if found else "")
+    for n in shards:
+        row = f"{n:6d}  {classic.alone_s(n) * 1e3:11,.1f} ms"
+        if found:
+            workers, p50, p99 = found[n]
+            says = f"{workers:,}".rjust(18) + f"       {_ms(p50)}, {_ms(p99)}"
+            row += says if workers else "none: a lone request is too slow".rjust(40)
+        yield row
+    if items:
+        alone_h = items * classic.document_s / 3600
+        kind = kind_for(items, TYPICAL_D, classic.documents)
+        size = index_bytes(kind, items, TYPICAL_D) / GIB
+        yield ""
+        yield f"all {items:,} documents would take {alone_h:,.1f} h: a funnel finds the {classic.documents:,} first"
+        yield f"an index of that size is {kind}: {size:,.1f} GiB at {TYPICAL_D} dimensions, by formula, without tables"
+        yield "what finding them costs: `plan --items …` with a calibration"
+
+
+def _interval(of: Interval) -> str:
+    return f"{of.likely:,.0f} ({of.low:,.0f} to {of.high:,.0f})"
+
+
+def _ms(of: Interval) -> str:
+    def one(s: float) -> str:
+        return f"{s * 1e3:,.1f}" if s < ENDLESS_S else "endless"
+
+    return f"{one(of.likely)} ms ({one(of.low)} to {one(of.high)})"
