@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock image-test clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock image-test bench-capacity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -98,6 +98,9 @@ lock: $(VENV)/lock.stamp  ## pin what the image installs, with hashes: requireme
 
 image-test: $(VENV)/dev.stamp  ## build the image and run it hardened: Debian and root, for podman and buildah; minutes
 	$(BIN)/pytest -vv -rP tests/deploy/test_dockerfile.py tests/deploy/test_compose.py tests/image/hardened.py
+
+bench-capacity: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the planner's predictions against measurements: about an hour
+	$(BIN)/python -m loadtest capacity
 
 clean:  ## remove what was made: the venv, data, bundles, caches
 	rm -rf $(VENV) data models/bundles models/artefacts reports build winnow.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -197,7 +197,11 @@ def table(rows: Sequence[Row], calibrated: Calibration) -> str:
         cells = []
         for share in SHARES:
             measured, predicted = row.p99_s.get(share, (math.nan, math.nan))
-            cells.append(f"{measured * 1e3:.1f} / {predicted * 1e3:.1f}")
-        speed, rate = f"{1 / row.slower:.2f} x", f"{row.rate:.0f} / {row.predicted_rate:.0f}"
+            cells.append(f"{_shown(measured * 1e3, 1)} / {_shown(predicted * 1e3, 1)}")
+        speed, rate = f"{_shown(1 / row.slower, 2)} x", f"{_shown(row.rate)} / {_shown(row.predicted_rate)}"
         lines.append(f"| {row.configuration} | {speed} | {rate} | {' | '.join(cells)} | {'; '.join(row.notes)} |")
     return "\n".join([*lines, ""])
+
+
+def _shown(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "none"

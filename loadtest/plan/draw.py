@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 70, 130, 34, 46
 COLOURS = ("#1f6f8b", "#c8553d", "#5b7553", "#7d5ba6")
+DASHED = 'stroke-dasharray="5 4"'
 STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}" + (
     "svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:#333}"
     "pre{background:#f5f5f2;padding:1rem;overflow:auto;font-size:13px}"
@@ -51,10 +52,9 @@ def chart(title: str, x_name: str, x: Sequence[float], curves: Sequence[Curve], 
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_name)}</text>')
     if level is not None:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(level):.1f}" y2="{up(level):.1f}" stroke="#999" '
-            'stroke-dasharray="5 4"/>'
-        )
+        y = up(level)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#777" {DASHED}/>')
+        parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">SLA</text>')
     names: list[float] = []
     for curve, colour in zip(curves, COLOURS, strict=False):
         points = [(across(a), up(b)) for a, b in zip(x, curve.y, strict=True) if math.isfinite(b)]

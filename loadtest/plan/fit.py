@@ -18,12 +18,13 @@ CONTENTION = (0.0, 0.6)  # above it two cores would do less than one
 WAKE_S = (0.0, 6e-3)  # up to two of the scheduler's turns
 GRID, ROUNDS = 5, 3
 LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
+MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures
 MOST_SECONDS = 20.0  # simulated of each run
 
 
 def fit(calibration: Calibration) -> Calibration:
     """The calibration with both numbers, and with the error that is left: the root mean square log ratio."""
-    runs = [run for run in calibration.loaded if run.coverage >= LEAST_COVERAGE and run.p99_s > 0]
+    runs = [run for run in calibration.loaded if is_usable(run)]
     if not runs:
         return calibration
     spans = [CONTENTION, WAKE_S]
@@ -33,6 +34,11 @@ def fit(calibration: Calibration) -> Calibration:
         best = min(best, *((error(calibration, runs, float(c), float(w)), float(c), float(w)) for c, w in tried))
         spans = [_around(best[1], spans[0], CONTENTION), _around(best[2], spans[1], WAKE_S)]
     return replace(calibration, contention=best[1], wake_s=best[2], error=best[0])
+
+
+def is_usable(run: Loaded) -> bool:
+    """Whether it says something of the full funnel and of cores that hold the load."""
+    return run.coverage >= LEAST_COVERAGE and 0 < run.p99_s <= MOST_P99_S
 
 
 def error(calibration: Calibration, runs: Sequence[Loaded], contention: float, wake_s: float) -> float:

@@ -34,13 +34,14 @@ from loadtest.plan.recipe import MIN_SHARD, Model, shards
 from loadtest.plan.simulation import Machine
 from loadtest.plan.speed import Probe, probing
 
-SLA_MS = 100.0
-UNHURRIED_MS = 10_000
+UNHURRIED_MS = (
+    10_000.0  # the SLA of a calibration: with it nothing is narrowed, and what is measured is the full funnel
+)
 POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
-LOAD, GROWTH, LOADS = 0.3, 1.4, 4  # of what cores can do, at first; by which it rises or falls; runs
-LOAD_S, PARTS = 18.0, 2  # seconds of a run; its parts
+LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
+LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
 CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
 NO_LOG = Path(os.devnull)
 NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
@@ -145,8 +146,8 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
     return fitted
 
 
-def serve(bundle: Path, configuration: Configuration, sla_ms: float = SLA_MS) -> Any:
-    """The service in this configuration; the bundle has its widths."""
+def serve(bundle: Path, configuration: Configuration, sla_ms: float = UNHURRIED_MS) -> Any:
+    """The service in this configuration; the bundle has its widths. Without a log: nobody here is to read it."""
     settings = {"SLA_MS": f"{sla_ms:g}", "THREADS": str(configuration.threads)}
     return launch.service(bundle, configuration.workers, log=NO_LOG, **settings)
 
@@ -164,7 +165,7 @@ def dimension(bundle: Path) -> int:
 
 def single(target: Target, rerank: int, n: int) -> Single:
     """Send n requests of this width, each when the one before is answered."""
-    bodies = target.with_fields(rerank_count=rerank, timeout_ms=UNHURRIED_MS)
+    bodies = target.with_fields(rerank_count=rerank)
     connection = http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)
     took = []
     before = spent(target.server)
@@ -180,7 +181,7 @@ def single(target: Target, rerank: int, n: int) -> Single:
     finally:
         connection.close()
     if 2 * len(took) < n:
-        raise RuntimeError(f"{n - len(took)} of {n} answers were degraded without load: the machine is too busy")
+        raise RuntimeError(f"{n - len(took)} of {n} answers were degraded without load")
     used = spent(target.server).since(before, n)
     return Single(rerank, np.asarray(took), used)
 
@@ -289,7 +290,7 @@ def _shape(seconds: Floats) -> Floats:
 
 
 def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
-    """Runs at rising rates, up to the first that narrows the funnel; at falling ones while all do."""
+    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     for number in range(LOADS):
@@ -297,11 +298,11 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
         one = summed_up(seen, rate, speeds, seconds)
         met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
         say(f"{rate:.0f} a second: {met}")
-        is_narrow = one.coverage < fit.LEAST_COVERAGE
-        if is_narrow and runs:
+        is_usable = fit.is_usable(one)
+        if not is_usable and runs:
             break
-        runs += [] if is_narrow else [one]
-        rate = rate / GROWTH**2 if is_narrow else rate * GROWTH
+        runs += [one] if is_usable else []
+        rate = rate * GROWTH if is_usable else rate / GROWTH**2
     return runs
 
 

@@ -5,7 +5,8 @@
     ivf_sq8   d + 8         + centroids        a byte a dimension, the row's number
     ivf_pq    d / 4 + 8     + centroids        four bits for each two dimensions, the row's number
 
-Centroids are 4 d a list; lists and kinds follow the offline half's rules (models/index.py). The tables of the bundle
+Centroids are 4 d a list; ivf_pq stores its codes in blocks of 32 rows, so half a block a list is empty, and has a
+codebook of 64 d. Lists and kinds follow the offline half's rules (models/index.py). The tables of the bundle
 come on top, a row each. All processes map the same files; what each holds for itself was measured.
 """
 
@@ -18,6 +19,7 @@ from loadtest.plan.calibration import Calibration
 
 FLAT_MOST, HNSW_MOST, SQ8_MOST, HNSW_WIDEST = 20_000, 1_000_000, 4_000_000, 500
 HNSW_LINKS = 32
+BLOCK = 32  # rows
 SPARES = 1  # warm worker processes beside those that work, the service's default
 GIB = 2**30
 
@@ -39,7 +41,7 @@ def index_bytes(kind: str, items: int, d: int) -> float:
         "flat": 4.0 * d * items,
         "hnsw": (4 * d + 4 * 2 * HNSW_LINKS + 12.0) * items,
         "ivf_sq8": (d + 8.0) * items + centroids,
-        "ivf_pq": (d / 4 + 8.0) * items + centroids,
+        "ivf_pq": (d / 4 + 8.0) * items + centroids + lists * BLOCK / 2 * d / 4 + 64 * d,
     }[kind]
 
 

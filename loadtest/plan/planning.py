@@ -71,22 +71,22 @@ def plan(calibration: Calibration, question: Question) -> Plan:
     """The number of workers with the highest rate, and as many machines as it takes."""
     likely, fast, slow = variants(calibration, question)
     tried = [question.workers] if question.workers else list(range(1, question.cores + 1))
-    by_workers = {w: highest_rate(with_workers(likely, w), question.p99_s) for w in tried}
+    by_workers = {w: highest_rate(with_workers(likely, w), question.p99_s, REQUESTS) for w in tried}
     most = max(by_workers.values())
     workers = min(w for w, rate in by_workers.items() if rate >= (1 - WITHIN) * most)
     here, quick, slowly = (with_workers(m, workers) for m in (likely, fast, slow))
-    rates = [highest_rate(m, question.p99_s) for m in (quick, slowly)]
+    rates = [highest_rate(m, question.p99_s, REQUESTS) for m in (quick, slowly)]
     rate = Interval(by_workers[workers], min(rates), max(rates))
-    machines = math.ceil(question.qps / most) if most else 0
+    machines = math.ceil(question.qps / rate.likely) if rate.likely else 0
     p50, p99, busy = _expected((here, quick, slowly), question.qps / max(machines, 1))
-    without = highest_rate(with_workers(likely, workers - 1), question.p99_s) if workers > 1 else 0.0
+    without = highest_rate(with_workers(likely, workers - 1), question.p99_s, REQUESTS) if workers > 1 else 0.0
     return Plan(
         here.configuration,
         machines,
         rate,
         p50,
         p99,
-        _headroom(question.qps, machines, rate.likely, without),
+        _headroom(question.qps, machines, rate.likely, min(without, rate.likely)),  # a loss is never a gain
         here.means(),
         busy,
         _per_million(question, machines),
@@ -121,7 +121,7 @@ def with_workers(one: Model, workers: int) -> Model:
 
 
 @lru_cache
-def highest_rate(one: Model, sla_s: float, requests: int = REQUESTS) -> float:
+def highest_rate(one: Model, sla_s: float, requests: int) -> float:
     """Requests a second at which the simulated p99 is NARROWS_AT of the SLA; 0 if a lone request is slower."""
 
     def holds(rate: float) -> bool:

@@ -1,0 +1,45 @@
+"""The bench's bars: errors are ratios, and what was not measured meets none of them."""
+
+import io
+import json
+
+import pytest
+
+from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
+from loadtest.plan.calibration import Configuration
+from loadtest.table import verdict
+from tests.loadtest.plan.made import CALIBRATION
+
+CONFIGURATION = Configuration(250, 50, 1, 2)
+
+
+def row(rate: float, predicted: float, p99: float) -> Row:
+    return Row(CONFIGURATION, rate, predicted, 1.25, dict.fromkeys(SHARES, (0.05, p99)))
+
+
+def test_at_least_six_configurations_are_predicted_that_were_not_calibrated() -> None:
+    assert len(set(OTHERS) - {BASE}) >= 6
+
+
+@pytest.mark.parametrize(
+    ("predicted", "p99", "missed"),
+    [(114, 0.062, 0), (86, 0.038, 0), (116, 0.050, 1), (84, 0.050, 1), (100, 0.063, 3), (100, 0.037, 3)],
+)
+def test_errors_are_met_up_to_their_bars(predicted: float, p99: float, missed: int) -> None:
+    assert sum(not figure.is_met for figure in row(100, predicted, p99).figures()) == missed
+
+
+def test_what_was_not_measured_misses_every_bar() -> None:
+    out = io.StringIO()
+    assert not verdict("capacity", [("a", Row(CONFIGURATION).figures())], out)
+    last = json.loads(out.getvalue().splitlines()[-1])
+    assert len(last["missed"]) == 1 + len(SHARES)
+
+
+def test_the_table_says_measured_predicted_and_the_speed_met() -> None:
+    one = row(100, 110, 0.040)
+    one.notes.append("coverage 0.950 at 85%")
+    text = table([one, Row(CONFIGURATION)], CALIBRATION)
+    assert "| 250 -> 50, 1 worker | 0.80 x | 100 / 110 | 50.0 / 40.0 |" in text
+    assert "coverage 0.950" in text
+    assert "nan" not in text

@@ -1,0 +1,90 @@
+"""The command line: what is printed, drawn and refused."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+
+from loadtest.__main__ import main
+from loadtest.plan import classic, planning
+from loadtest.plan.calibration import write
+from loadtest.plan.command import seconds, varied, whole
+from tests.loadtest.plan.made import calibration
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((planning, "REQUESTS"), (planning, "EXPECTED_REQUESTS"), (classic, "REQUESTS")):
+        monkeypatch.setattr(module, name, 300)
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> list[str]:
+    write(calibration(items=50, bundle="tiny"), tmp_path / "c.json")
+    return ["--calibration", str(tmp_path / "c.json")]
+
+
+def test_the_classic_example_is_answered_without_a_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--qps", "20", "--p99", "100ms", "--items", "100e6", "--doc-ms", "1", "--documents", "500"]
+    assert main(["plan", *asked, "--shards", "1,5"]) == 0
+    said = capsys.readouterr().out
+    assert "500.0 ms" in said and "100.0 ms" in said
+    assert "all 100,000,000 documents would take 27.8 h" in said
+    assert "nothing here was measured" in said
+
+
+def test_a_plan_says_what_was_measured_and_what_was_not(
+    known: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--qps", "2000", "--items", "5000", "--cores", "4", "--price", "0.05"]
+    assert main(["plan", *asked, *known, "--bundle", str(bundle)]) == 0
+    lines = {line[:20].strip(): line[22:] for line in capsys.readouterr().out.splitlines() if line}
+    assert {"machines", "workers a machine", "memory a machine", "highest rate", "headroom"} <= set(lines)
+    assert {"measured", "fitted", "simulated", "never measured", "extrapolated", "not measured"} <= set(lines)
+    assert int(lines["machines"].split()[0]) > 1
+
+
+def test_a_quality_floor_chooses_the_widths(known: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--qps", "50", "--quality-floor", "0.7", "--workers", "2"]
+    assert main(["plan", *asked, *known, "--bundle", str(bundle)]) == 0
+    assert "cheapest widths that keep 70.0% of NDCG" in capsys.readouterr().out
+
+
+def test_what_if_prints_a_table_and_draws_it(
+    known: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "made/plan.html"), "--workers", "2", "--bundle", str(bundle)]
+    assert main(["plan", "--what-if", "rerank=31..32", *known, *out]) == 0
+    table = capsys.readouterr().out
+    assert table.split()[0] == "rerank"
+    text = (tmp_path / "made/plan.html").read_text()
+    assert text.count("<svg") == 3
+    assert "What if: rerank" in text
+    assert main(["plan", "--doc-ms", "1", "--qps", "5", "--what-if", "shards=2..10", "--p99", "300", *out[:2]]) == 0
+    assert (tmp_path / "made/plan.html").read_text().count("<svg") == 2
+
+
+def test_without_a_calibration_it_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--calibration", str(tmp_path / "none.json")]) == 2
+    assert "plan --calibrate" in capsys.readouterr().err
+
+
+def test_what_is_varied_must_go_with_the_kind_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--what-if", "shards=1..5"])
+    with pytest.raises(SystemExit):
+        main(["plan", "--doc-ms", "1", "--what-if", "rerank=1..5"])
+    assert "--doc-ms" in capsys.readouterr().err
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert [seconds(text) for text in ("100ms", "0.1s", "100")] == [pytest.approx(0.1)] * 3
+    assert [whole(text) for text in ("100e6", "1_000", "5")] == [100_000_000, 1_000, 5]
+    assert varied("workers=1..4").values == (1, 2, 3, 4)
+    assert varied("p99=50ms..200ms").values[::8] == (pytest.approx(50), pytest.approx(200))
+
+
+@pytest.mark.parametrize("text", ["widths=1..2", "qps=5..1", "qps=0..9", "qps=a..b", "qps"])
+def test_a_range_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError):
+        varied(text)

@@ -1,0 +1,103 @@
+"""From seconds and CPU to a demand: planted costs are found; a real service can be asked for them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtest.launch import Server
+from loadtest.plan import measure
+from loadtest.plan.calibration import CalibrationError, Configuration, read, write
+from loadtest.plan.costs import Exponent
+from loadtest.plan.measure import COLUMNS, Single, Spent, demand_of
+from loadtest.plan.recipe import shards
+from loadtest.plan.speed import probing
+from tests.loadtest.plan.made import BASE, DEMAND, calibration
+
+
+def single(rerank: int, narrow_on: str) -> Single:
+    """What the made-up service would show at this width, one request at a time."""
+    n_shards, found = shards(rerank, BASE.workers), max(BASE.retrieve, rerank)
+    narrow_s = DEMAND.users_s + DEMAND.retrieval(found) + DEMAND.preranking(found)
+    shard_s, dealing_s = DEMAND.shard(rerank / n_shards), n_shards * DEMAND.fan_out_s
+    reranking_s = dealing_s + shard_s + DEMAND.round_trip_s
+    total_s = DEMAND.loop_s + DEMAND.hop_s + narrow_s + reranking_s
+    took = {
+        "users": DEMAND.users_s,
+        "retrieval": DEMAND.retrieval(found),
+        "preranking": DEMAND.preranking(found),
+        "reranking": reranking_s,
+        "selection": 0.0,
+        "total": total_s,
+    }
+    on_threads = narrow_on == "threads"
+    spent = Spent(
+        DEMAND.loop_s + dealing_s, narrow_s if on_threads else 0.0, n_shards * shard_s + (0 if on_threads else narrow_s)
+    )
+    return Single(rerank, np.array([[took[name] for name in COLUMNS]] * 20), spent)
+
+
+@pytest.mark.parametrize("narrow_on", ["threads", "workers"])
+def test_planted_costs_are_found_whoever_runs_the_narrow_part(narrow_on: str) -> None:
+    runs = [single(width, narrow_on) for width in measure.widths(BASE)]
+    found = demand_of(runs, [single(BASE.rerank, narrow_on)] * 3, BASE, nice=10)
+    assert found.narrow_on == narrow_on
+    for name in ("loop_s", "fan_out_s", "users_s", "hop_s", "round_trip_s"):
+        assert getattr(found, name) == pytest.approx(getattr(DEMAND, name), rel=0.01), name
+    for name in ("retrieval", "preranking", "shard"):
+        assert getattr(found, name)(300) == pytest.approx(getattr(DEMAND, name)(300), rel=0.01), name
+    assert found.worker_weight == pytest.approx(1.25**-10)
+    assert np.asarray(found.shapes) == pytest.approx(1.0)
+
+
+def test_widths_show_a_second_shard_and_a_wider_retrieval() -> None:
+    assert measure.widths(BASE) == [16, 31, 32, 128, 256, 500, 1_000, 2_000]
+
+
+def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
+    exponents = {"retrieval": {"items": Exponent(0.4, 0.3, 0.5, 12)}}
+    kept = calibration(exponents=exponents, error=0.1)
+    write(kept, tmp_path / "deep/c.json")
+    assert read(tmp_path / "deep/c.json") == kept
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 1}', "[]"])
+def test_what_is_no_calibration_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(CalibrationError, match=r"c\.json"):
+        read(tmp_path / "c.json")
+
+
+# ------------------------------------------------------------------------------------- a real service
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Server]:
+    with measure.serve(bundle, Configuration(40, 32, 2, 1)) as started:
+        yield started
+
+
+def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundle: Path) -> None:
+    with probing(cores=1) as probe:
+        assert 0 < probe() < 10
+        target = measure.Target(server, [json.dumps({"k": 3}).encode()], probe)
+        seen = measure.single(target, 32, 20)
+    assert seen.took.shape == (20, len(COLUMNS))
+    total = seen.took[:, COLUMNS.index("total")]
+    assert np.all(total >= seen.took[:, :-1].sum(axis=1) - 1e-5)
+    assert seen.spent.loop > 0
+    assert seen.spent.workers > 0
+    assert seen.scaled(2.0).took == pytest.approx(2 * seen.took)
+    held = measure.read_memory(server, bundle)
+    assert held.processes == 1 + 2 + 1  # the main one, two workers, a spare
+    assert held.pss > held.main_private > 0
+    assert measure.niceness(server) > 0
+
+
+def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
+    with probing(cores=1) as probe:
+        target = measure.Target(server, [b'{"no such": 1}'], probe)
+        with pytest.raises(RuntimeError, match="status 422"):
+            measure.single(target, 32, 1)

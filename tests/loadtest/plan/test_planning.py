@@ -1,0 +1,87 @@
+"""Plans: arithmetic over machines, simulation of one, and what they do when more is asked."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from loadtest.plan import planning
+from loadtest.plan.costs import Exponent
+from loadtest.plan.planning import Question, highest_rate, plan, variants
+from loadtest.plan.recipe import model
+from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration
+
+QUESTION = Question(qps=1_000, p99_s=0.05, items=1_000_000, retrieve=500, rerank=128, cores=2, workers=2, price=0.36)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "REQUESTS", 1_000)
+    monkeypatch.setattr(planning, "EXPECTED_REQUESTS", 1_000)
+
+
+def test_machines_are_enough_and_one_less_is_not() -> None:
+    made = plan(CALIBRATION, QUESTION)
+    assert made.machines * made.rate.likely >= 1_000 > (made.machines - 1) * made.rate.likely
+    assert made.p50_s.low <= made.p50_s.likely <= made.p50_s.high
+    assert made.p50_s.likely < made.p99_s.likely
+    assert made.rate.low <= made.rate.likely <= made.rate.high
+
+
+def test_headroom_is_what_is_left_over_the_rate() -> None:
+    made = plan(CALIBRATION, QUESTION)
+    whole, machine = made.headroom["nothing lost"], made.headroom["one machine lost"]
+    assert whole == pytest.approx(made.machines * made.rate.likely / 1_000 - 1)
+    assert machine == pytest.approx((made.machines - 1) * made.rate.likely / 1_000 - 1)
+    assert machine <= made.headroom["one worker lost"] <= whole
+    assert made.headroom["one worker and one machine lost"] <= machine
+
+
+def test_a_million_requests_cost_the_core_hours_they_take() -> None:
+    made = plan(CALIBRATION, QUESTION)
+    hours = 1e6 / 1_000 / 3_600
+    assert made.per_million == pytest.approx(made.machines * 2 * hours * 0.36)
+
+
+def test_the_number_of_workers_is_chosen_by_the_rate() -> None:
+    made = plan(CALIBRATION, replace(QUESTION, workers=None))
+    assert set(made.by_workers) == {1, 2}
+    assert made.by_workers[made.configuration.workers] >= 0.98 * max(made.by_workers.values())
+
+
+def test_an_sla_under_a_lone_request_has_no_rate() -> None:
+    made = plan(CALIBRATION, replace(QUESTION, p99_s=1 * MS))
+    assert made.machines == 0
+    assert made.per_million is None
+    assert made.headroom == {}
+
+
+def test_the_highest_rate_keeps_the_sla_and_stays_under_the_bound() -> None:
+    one = model(CALIBRATION, BASE)
+    rate = highest_rate(one, 0.05, 2_000)
+    assert rate < one.bound
+    assert one.at(rate, 2_000 / rate).percentile_s(99) <= 0.85 * 0.05
+    assert highest_rate(one, 0.1, 2_000) >= rate
+    slow = model(CALIBRATION, BASE, scale=2.0)
+    assert highest_rate(slow, 0.1, 2_000) == pytest.approx(rate / 2, rel=0.03)  # all of it takes twice as long
+
+
+def test_a_larger_catalogue_grows_retrieval_by_its_exponent_and_its_interval() -> None:
+    exponents = {"retrieval": {"items": Exponent(0.5, 0.4, 0.6, 9)}}
+    known = calibration(exponents=exponents)
+    likely, low, high = (m.demand.retrieval(500) for m in variants(known, replace(QUESTION, items=100_000_000)))
+    now = known.demand.retrieval(500)
+    assert (likely, low, high) == tuple(pytest.approx(now * 100**e) for e in (0.5, 0.4, 0.6))
+
+
+def test_without_a_measured_exponent_the_assumed_one_says_so() -> None:
+    assert planning.growth_of(CALIBRATION).is_assumed
+    assert "assumed" in str(planning.growth_of(CALIBRATION))
+
+
+def test_minutes_in_which_the_machine_was_slow_widen_the_interval() -> None:
+    speeds = tuple(2 * MS * s for s in (0.9, 0.95, 1.0, 1.3, 1.4))
+    calm, uneasy = (plan(c, QUESTION) for c in (CALIBRATION, calibration(speeds=speeds)))
+    assert uneasy.rate.low < calm.rate.low
+    assert uneasy.rate.high > calm.rate.high
+    assert math.isfinite(uneasy.p99_s.high)
