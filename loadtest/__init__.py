@@ -11,6 +11,7 @@
     faults/         the rows of `python -m loadtest faults`
     limits/         the raw kernels, and what the service costs over them: `python -m loadtest limits`
     bench_speed.py  the bars of that on W1
+    plan/           `python -m loadtest plan`, and `capacity`, which checks it
 
 Nothing here imports the service or the offline half, but limits/kernels.py, which times what a service is made of.
 """

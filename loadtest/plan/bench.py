@@ -34,6 +34,7 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
+SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 NEAR = 1.3  # steps of the search within this ratio of the rate found say how fast the machine was
 RECOVERY_S = 30.0
 
@@ -132,12 +133,13 @@ def _measure(
         target = measure.Target(server, measure.read_bodies(requests), probe)
         measure.single(target, row.configuration.rerank, 100)
         steps: list[tuple[float, float]] = []
+        step_s = 2.0 if is_quick else STEP_S
 
         def holds(rate: float) -> bool:
             settle(server)
-            seen, speeds = measure.run(target, rate, 2.0 if is_quick else STEP_S, 1, len(steps))
+            seen, speeds = measure.run(target, rate, step_s, 1, len(steps))
             steps.append((rate, float(np.mean(speeds))))
-            one = measure.summed_up(seen, rate, speeds, STEP_S)
+            one = measure.summed_up(seen, rate, speeds, step_s)
             say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
             is_answered = bool(seen.is_ok.mean() >= LEAST_ANSWERED)
             return is_answered and one.coverage >= LEAST_COVERAGE and one.p99_s <= SLA_S
@@ -148,7 +150,7 @@ def _measure(
             raise RuntimeError("no rate keeps the SLA")
         near = [speed for rate, speed in steps if 1 / NEAR < rate / row.rate < NEAR]
         row.slower = float(np.mean(near)) / calibrated.speed_s
-        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), SLA_S, 10_000)
+        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), SLA_S, REQUESTS, step_s)
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
         for share in SHARES:
             settle(server)
@@ -168,7 +170,8 @@ def _at(
     parts = math.ceil(seconds / PART_S)
     seen, speeds = measure.run(target, rate, seconds, parts, int(share * 100))
     one = measure.summed_up(seen, rate, speeds, seconds)
-    met = latencies([predicts(speed) for speed in speeds], rate, seconds)
+    models = [predicts(speed) for speed in speeds]
+    met = np.concatenate([latencies(models, rate, seconds, 100 * seed) for seed in range(SIMULATED)])
     row.p99_s[share] = one.p99_s, float(np.percentile(met, 99))
     late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
     p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"

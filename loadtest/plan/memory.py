@@ -18,6 +18,7 @@ from pathlib import Path
 from loadtest.plan.calibration import Calibration
 
 FLAT_MOST, HNSW_MOST, SQ8_MOST, HNSW_WIDEST = 20_000, 1_000_000, 4_000_000, 500
+KINDS = ("flat", "hnsw", "ivf_sq8", "ivf_pq")
 HNSW_LINKS = 32
 BLOCK = 32  # rows
 SPARES = 1  # warm worker processes beside those that work, the service's default
@@ -35,7 +36,7 @@ def kind_for(items: int, d: int, width: int) -> str:
 
 def index_bytes(kind: str, items: int, d: int) -> float:
     """Of the whole index; see the table above."""
-    lists = 2 ** round(math.log2(4 * math.sqrt(items)))
+    lists = 2.0 ** round(math.log2(4 * math.sqrt(items)))
     centroids = 4 * d * lists
     return {
         "flat": 4.0 * d * items,

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from loadtest.plan.calibration import SIZES, STAGES, Calibration
 from loadtest.plan.classic import Sum
-from loadtest.plan.memory import GIB, index_bytes, kind_for
+from loadtest.plan.costs import Line
+from loadtest.plan.memory import GIB, KINDS, index_bytes, kind_for
 from loadtest.plan.planning import NARROWS_AT, Interval, Plan, Question, growth_of
 from loadtest.plan.widths import Choice
 
@@ -59,11 +60,34 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
         yield _row("", f"{grows}: {likely:.3g} times ({low:.3g} to {high:.3g})")
         if calibration.kind != (kind := kind_for(question.items, calibration.d, question.retrieve)):
             yield _row("", f"its index would be {kind}, and {calibration.kind} was measured")
+    yield ""
+    yield from cost_lines(calibration)
+    yield from memory_lines(calibration, question.items)
     if calibration.exponents:
-        yield ""
         yield from complexity_lines(calibration)
     else:
         yield _row("not measured", "how cost grows with catalogue and model; `plan --complexity` does it")
+
+
+def cost_lines(calibration: Calibration) -> Iterator[str]:
+    """What was measured of the stages, as lines over their widths."""
+    d = calibration.demand
+    dealing = f"{d.fan_out_s * 1e3:.2f} ms a shard + {d.row_s * 1e6:.2f} us a row"
+    yield _row("costs", f"event loop {d.loop_s * 1e3:.2f} ms + {dealing}; who asks {d.users_s * 1e3:.2f} ms")
+    found, scored = _line(d.retrieval, "candidate"), _line(d.preranking, "candidate")
+    yield _row("", f"retrieval {found}; pre-ranking {scored}")
+    waits = f"waits without CPU {(d.hop_s + d.round_trip_s) * 1e3:.2f} ms"
+    yield _row("", f"a shard {_line(d.shard, 'row')}; {waits}")
+
+
+def memory_lines(calibration: Calibration, items: int) -> Iterator[str]:
+    """Bytes an item of each kind of index at this catalogue."""
+    kinds = (f"{kind} {index_bytes(kind, items, calibration.d) / items:.1f}" for kind in KINDS)
+    yield _row("index, bytes an item", ", ".join(kinds))
+
+
+def _line(of: Line, each: str) -> str:
+    return f"{of.fixed * 1e3:.2f} ms + {of.each * 1e6:.2f} us a {each}"
 
 
 def _row(head: str, said: str) -> str:

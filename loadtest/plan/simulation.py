@@ -135,14 +135,14 @@ def simulate(
             else:
                 free[where] += 1
             left[request] -= 1
-            if left[request]:
-                pass
-            elif pauses[at] is not None and pauses[at][request] > 0:
-                heappush(later, (now + pauses[at][request], 0, request, at + 1))
-            elif at + 1 < n_steps:
-                begin(request, at + 1)
-            else:
-                finished[request] = now
+            if not left[request]:
+                pause = pauses[at]
+                if pause is not None and pause[request] > 0:
+                    heappush(later, (now + pause[request], 0, request, at + 1))
+                elif at + 1 < n_steps:
+                    begin(request, at + 1)
+                else:
+                    finished[request] = now
         elif waiting <= arrival:
             _, is_wait, request, at = heappop(later)
             if is_wait:

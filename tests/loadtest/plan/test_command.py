@@ -40,7 +40,7 @@ def test_a_plan_says_what_was_measured_and_what_was_not(
     assert main(["plan", *asked, *known, "--bundle", str(bundle)]) == 0
     lines = {line[:20].strip(): line[22:] for line in capsys.readouterr().out.splitlines() if line}
     assert {"machines", "workers a machine", "memory a machine", "highest rate", "headroom"} <= set(lines)
-    assert {"measured", "fitted", "simulated", "never measured", "extrapolated", "not measured"} <= set(lines)
+    assert {"measured", "fitted", "simulated", "never measured", "extrapolated", "not measured", "costs"} <= set(lines)
     assert int(lines["machines"].split()[0]) > 1
 
 
