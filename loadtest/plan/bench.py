@@ -130,7 +130,7 @@ def _measure(
         return model(calibrated, row.configuration, scale=speed_s / calibrated.speed_s, has_client=True)
 
     with probing() as probe, measure.serve(bundle, row.configuration, SLA_S * 1e3) as server:
-        target = measure.Target(server, measure.read_bodies(requests), probe)
+        target = measure.aim(server, measure.read_bodies(requests), probe)
         measure.single(target, row.configuration.rerank, 100)
         steps: list[tuple[float, float]] = []
         step_s = 2.0 if is_quick else STEP_S

@@ -71,7 +71,7 @@ def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: in
     configuration = Configuration(made, 0, WORKERS, os.cpu_count() or 1)
     runs: dict[int, list[measure.Single]] = {}
     with measure.serve(bundle, configuration) as server:
-        target = measure.Target(server, measure.read_bodies(bundles.requests_of(bundle)), probe)
+        target = measure.aim(server, measure.read_bodies(bundles.requests_of(bundle)), probe)
         measure.single(target, WIDTHS[0], requests)
         for _ in range(TIMES):
             for width in WIDTHS:

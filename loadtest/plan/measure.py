@@ -9,6 +9,7 @@ narrow widths, and one service shows them all. Between all parts a probe of the 
 seconds are brought to the reference speed, the median of the probes.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -50,11 +51,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running service, the requests to ask it, and the probe beside it."""
+    """A running service, the requests to ask it, and the probe beside it. pids: of its workers."""
 
     server: Server
     bodies: Sequence[bytes]
     probe: Probe
+    pids: tuple[int, ...]
 
     def with_fields(self, **sent: Any) -> list[bytes]:
         return [json.dumps(json.loads(body) | sent).encode() for body in self.bodies]
@@ -90,6 +92,11 @@ class Single:
         return Single(self.rerank, self.took * by, Spent(s.loop * by, s.threads * by, s.workers * by))
 
 
+def aim(server: Server, bodies: Sequence[bytes], probe: Probe) -> Target:
+    """Asks for the workers once: while something is metered, nothing else is to be asked of the service."""
+    return Target(server, bodies, probe, tuple(server.workers().values()))
+
+
 COLUMNS = ("users", "retrieval", "preranking", "reranking", "selection", "total")
 
 
@@ -108,7 +115,7 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
     base = Configuration(funnel["retrieve"], funnel["rerank"], workers, os.cpu_count() or 1)
     short = 10 if is_quick else 1
     with probing() as probe, serve(bundle, base) as server:
-        target = Target(server, read_bodies(requests), probe)
+        target = aim(server, read_bodies(requests), probe)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
         reference = float(np.median([probe() for _ in range(5)]))
@@ -166,24 +173,26 @@ def dimension(bundle: Path) -> int:
 def single(target: Target, rerank: int, n: int) -> Single:
     """Send n requests of this width, each when the one before is answered."""
     bodies = target.with_fields(rerank_count=rerank)
-    connection = http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)
-    took = []
-    before = spent(target.server)
-    try:
-        for i in range(n):
-            connection.request("POST", "/v1/rank", bodies[i % len(bodies)], {"content-type": "application/json"})
-            answer = connection.getresponse()
-            said = json.loads(answer.read())
-            if answer.status != 200:
-                raise RuntimeError(f"status {answer.status}: {said}")
-            if not said["degraded"]:
-                took.append([said["took_ms"].get(name, 0.0) / 1e3 for name in COLUMNS])
-    finally:
-        connection.close()
-    if 2 * len(took) < n:
-        raise RuntimeError(f"{n - len(took)} of {n} answers were degraded without load")
-    used = spent(target.server).since(before, n)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)) as connection:
+        _ask(connection, bodies[-1])  # opens the connection, and isn't counted
+        before = spent(target)
+        answers = [_ask(connection, bodies[i % len(bodies)]) for i in range(n)]
+        used = spent(target).since(before, n)
+    whole = [answer for answer in answers if not answer["degraded"]]
+    if 2 * len(whole) < n:
+        raise RuntimeError(f"{n - len(whole)} of {n} answers were degraded without load")
+    took = [[answer["took_ms"].get(name, 0.0) / 1e3 for name in COLUMNS] for answer in whole]
     return Single(rerank, np.asarray(took), used)
+
+
+def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
+    """The answer. Raises RuntimeError when it isn't 200."""
+    connection.request("POST", "/v1/rank", body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    said = json.loads(answer.read())
+    if answer.status != 200:
+        raise RuntimeError(f"status {answer.status}: {said}")
+    return said
 
 
 def widths(base: Configuration) -> list[int]:
@@ -335,11 +344,11 @@ def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: f
 # ------------------------------------------------------------------------------------------------ /proc
 
 
-def spent(server: Server) -> Spent:
+def spent(target: Target) -> Spent:
     """CPU so far, in nanoseconds' precision. Raises RuntimeError where the kernel keeps no such account."""
-    main = server.process.pid
+    main = target.server.process.pid
     of_threads = {int(t.name): _cpu(t) for t in Path(f"/proc/{main}/task").iterdir()}
-    workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in server.workers().values()]
+    workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in target.pids]
     loop = of_threads.pop(main)
     if not loop:
         raise RuntimeError("/proc/…/schedstat: this kernel doesn't count, a calibration needs it")

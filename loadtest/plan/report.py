@@ -44,7 +44,7 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
     yield _row("measured", f"{where}; the narrow part runs on {calibration.demand.narrow_on}{quick}")
     lose = f"cores lose {calibration.contention:.0%} to each other, who wakes waits {calibration.wake_s * 1e3:.2f} ms"
     runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
-    yield _row("fitted", f"{lose}; {runs}")
+    yield _row("fitted", f"{lose}; {runs}" if calibration.loaded else "nothing: no run under load could be used")
     yield _row("simulated", "all rates and latencies, without the network and a load generator; the intervals are")
     yield _row("", "the speeds this machine had during the calibration, and two seeds")
     if plan.machines > 1:

@@ -82,7 +82,7 @@ def server(bundle: Path) -> Iterator[Server]:
 def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundle: Path) -> None:
     with probing(cores=1) as probe:
         assert 0 < probe() < 10
-        target = measure.Target(server, [json.dumps({"k": 3}).encode()], probe)
+        target = measure.aim(server, [json.dumps({"k": 3}).encode()], probe)
         seen = measure.single(target, 32, 20)
     assert seen.took.shape == (20, len(COLUMNS))
     total = seen.took[:, COLUMNS.index("total")]
@@ -98,6 +98,6 @@ def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundl
 
 def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
     with probing(cores=1) as probe:
-        target = measure.Target(server, [b'{"no such": 1}'], probe)
+        target = measure.aim(server, [b'{"no such": 1}'], probe)
         with pytest.raises(RuntimeError, match="status 422"):
             measure.single(target, 32, 1)
