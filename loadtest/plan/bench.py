@@ -21,7 +21,7 @@ import numpy as np
 
 from loadtest import launch, search
 from loadtest.plan import bundles, calibration, measure
-from loadtest.plan.calibration import Calibration, Configuration
+from loadtest.plan.calibration import Calibration, CalibrationError, Configuration
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, latencies, model
 from loadtest.plan.speed import probing
@@ -36,6 +36,7 @@ LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 NEAR = 1.3  # steps of the search within this ratio of the rate found say how fast the machine was
+LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--requests", type=Path, help="JSON requests, one a line; BUNDLE.requests.jsonl")
     parser.add_argument("--calibration", type=Path, help="one of this bundle at these widths, instead of measuring it")
-    parser.add_argument("--only", metavar="N[,N]", help="these configurations only, by number from 1")
+    parser.add_argument("--only", type=numbers, metavar="N[,N]", help="these configurations only, by number from 1")
     parser.add_argument("--quick", action="store_true", help="short runs, to see that it works: no measurement")
 
 
@@ -78,7 +79,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         if not path.exists():
             parser.error(f"{path} isn't there")
     allowed = range(1, len(OTHERS) + 1)
-    chosen = [int(n) for n in parsed.only.split(",")] if parsed.only else list(allowed)[: 2 if parsed.quick else None]
+    chosen = parsed.only or list(allowed)[: 2 if parsed.quick else None]
     if not set(chosen) <= set(allowed):
         parser.error(f"--only: there are 1 to {len(OTHERS)}")
     began = time.monotonic()
@@ -89,11 +90,11 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     threads = os.cpu_count() or 1
     rows = []
     with bundles.folder_beside(parsed.bundle) as folder:
-        if parsed.calibration:
-            calibrated = calibration.read(parsed.calibration)
-        else:
-            narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
-            calibrated = measure.calibrate(narrow, requests, BASE[2], say, is_quick=parsed.quick)
+        try:
+            calibrated = _calibrated(parsed, folder, requests, say)
+        except (CalibrationError, RuntimeError, OSError) as e:
+            print(f"refused: {e}", file=sys.stderr)
+            return 2
         for number in chosen:
             retrieve, rerank, workers = OTHERS[number - 1]
             row = Row(Configuration(retrieve, rerank, workers, threads))
@@ -116,6 +117,21 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     }
     groups = [(str(row.configuration), row.figures()) for row in rows]
     return 0 if verdict("capacity", groups, sys.stdout, facts, heading="configuration") else 1
+
+
+def numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
+
+
+def _calibrated(parsed: argparse.Namespace, folder: Path, requests: Path, say: Callable[[str], None]) -> Calibration:
+    """As it was kept, or measured now. Raises CalibrationError for one that isn't of this bench's own configuration."""
+    if parsed.calibration:
+        found = calibration.read(parsed.calibration)
+        if (found.base.retrieve, found.base.rerank, found.base.workers) in OTHERS:
+            raise CalibrationError(f"{parsed.calibration}: {found.base} is one of those to be predicted")
+        return found
+    narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
+    return measure.calibrate(narrow, requests, BASE[2], say, is_quick=parsed.quick)
 
 
 # --------------------------------------------------------------------------------------- one configuration
@@ -179,6 +195,8 @@ def _at(
     say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; sent late by {late_ms:.2f} ms")
     if one.coverage < LEAST_COVERAGE:
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
+    if late_ms > LATE_MS:
+        row.notes.append(f"sent late by {late_ms:.0f} ms at {share:.0%}")
 
 
 def settle(server: launch.Server) -> None:

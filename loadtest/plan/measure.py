@@ -44,6 +44,7 @@ SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
 LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
 CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
+WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
 NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
 Say = Callable[[str], None]
@@ -198,7 +199,7 @@ def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
 def widths(base: Configuration) -> list[int]:
     """Re-ranking widths to measure: around a second shard, and up to four times what retrieval finds."""
     several = [MIN_SHARD, 2 * MIN_SHARD - 1, 2 * MIN_SHARD, base.rerank, 2 * base.rerank, base.retrieve]
-    return sorted({*several, 2 * base.retrieve, 4 * base.retrieve})
+    return sorted({min(width, WIDEST) for width in (*several, 2 * base.retrieve, 4 * base.retrieve)})
 
 
 def _demand(target: Target, base: Configuration, reference: float, short: int, say: Say) -> tuple[Demand, list[float]]:

@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from loadtest.__main__ import main
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
-from loadtest.plan.calibration import Configuration
+from loadtest.plan.calibration import Configuration, write
 from loadtest.table import verdict
-from tests.loadtest.plan.made import CALIBRATION
+from tests.loadtest.plan.made import CALIBRATION, calibration
 
 CONFIGURATION = Configuration(250, 50, 1, 2)
 
@@ -43,3 +46,16 @@ def test_the_table_says_measured_predicted_and_the_speed_met() -> None:
     assert "| 250 -> 50, 1 worker | 0.80 x | 100 / 110 | 50.0 / 40.0 |" in text
     assert "coverage 0.950" in text
     assert "nan" not in text
+
+
+def test_a_calibration_of_what_is_to_be_predicted_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Path(shutil.copytree(bundle, tmp_path / "tiny"))
+    (tmp_path / "tiny.requests.jsonl").write_text('{"k": 3}')
+    write(calibration(base=Configuration(*OTHERS[0], threads=2)), tmp_path / "c.json")
+    asked = ["capacity", "--bundle", str(tiny), "--calibration", str(tmp_path / "c.json")]
+    assert main(asked) == 2
+    assert "250 -> 50, 1 worker is one of those" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*asked, "--only", "7"])
