@@ -1,17 +1,22 @@
 """`python -m loadtest plan`: how many machines it takes, and what they will do; `capacity` checks it by measurement.
 
 measure.py      two minutes with the real service, from outside ─▶ a calibration
-calibration.py  what was measured, as JSON
-costs.py        what a stage costs by its width; powers, with intervals
+metering.py     whose CPU and whose memory it was, from /proc
+demand.py       single requests ─▶ what a request takes whom, by width
 speed.py        how fast the machine is at this moment
+calibration.py  what was measured, as JSON
+costs.py        lines over widths; powers, with intervals
+fit.py          the two numbers of the machine that no meter shows, from runs under load
+complexity.py   how cost grows with catalogue, width and model
 recipe.py       WHO RUNS WHAT: a configuration ─▶ stations and steps
 simulation.py   stations and steps ─▶ latencies; knows no funnel
-fit.py          the two numbers of the machine that no meter shows, from runs under load
-planning.py     rates, machines, memory, money
+planning.py     rates, machines, headroom, money
 widths.py       the cheapest widths that keep a quality floor
 memory.py       bytes an item by kind of index
-draw.py         --what-if as a picture
+classic.py      documents over shards, parameters by hand
 report.py       the plan in words
+draw.py         --what-if as a picture
 command.py      the command line of `plan`
+bundles.py      bundles of other widths and sizes, made by the offline half
 bench.py        predictions against measurements: `capacity`
 """

@@ -15,6 +15,7 @@ import numpy as np
 from loadtest.plan import bundles, measure
 from loadtest.plan.calibration import Calibration, Configuration
 from loadtest.plan.costs import Exponent, power
+from loadtest.plan.demand import COLUMNS, Single
 from loadtest.plan.speed import Probe, probing
 
 HIDDEN = (512, 256, 128)
@@ -69,7 +70,7 @@ def fitted(points: Sequence[Point]) -> dict[str, dict[str, Exponent]]:
 def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: int) -> list[Point]:
     made = measure.manifest_of(bundle)["funnel"]["retrieve"]
     configuration = Configuration(made, 0, WORKERS, os.cpu_count() or 1)
-    runs: dict[int, list[measure.Single]] = {}
+    runs: dict[int, list[Single]] = {}
     with measure.serve(bundle, configuration) as server:
         target = measure.aim(server, measure.read_bodies(bundles.requests_of(bundle)), probe)
         measure.single(target, WIDTHS[0], requests)
@@ -77,7 +78,7 @@ def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: in
             for width in WIDTHS:
                 before, run = probe(), measure.single(target, width, requests)
                 runs.setdefault(width, []).append(run.scaled(speed_s / ((before + probe()) / 2)))
-    at = {name: i for i, name in enumerate(measure.COLUMNS)}
+    at = {name: i for i, name in enumerate(COLUMNS)}
     model = (bundle / "re_ranker.onnx").stat().st_size
 
     def median(width: int, stage: str) -> float:

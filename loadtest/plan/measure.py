@@ -26,27 +26,24 @@ import numpy as np
 
 from loadtest import launch
 from loadtest.launch import Server
-from loadtest.observed import Floats, Observed, joined
+from loadtest.observed import Observed, joined
 from loadtest.open_loop import Attack, attack, poisson
 from loadtest.plan import fit
-from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded, Memory
-from loadtest.plan.costs import Line, line
-from loadtest.plan.recipe import MIN_SHARD, Model, shards
+from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
+from loadtest.plan.demand import COLUMNS, Single, demand_of
+from loadtest.plan.metering import niceness, read_memory, spent
+from loadtest.plan.recipe import MIN_SHARD, Model
 from loadtest.plan.simulation import Machine
 from loadtest.plan.speed import Probe, probing
 
-UNHURRIED_MS = (
-    10_000.0  # the SLA of a calibration: with it nothing is narrowed, and what is measured is the full funnel
-)
+UNHURRIED_MS = 10_000.0  # the SLA of a calibration: nothing is narrowed, what is measured is the full funnel
 POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
 LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
-CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
-NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
 Say = Callable[[str], None]
 
 
@@ -63,42 +60,9 @@ class Target:
         return [json.dumps(json.loads(body) | sent).encode() for body in self.bodies]
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """CPU seconds so far: the event loop's thread, the other threads of its process, the workers."""
-
-    loop: float
-    threads: float
-    workers: float
-
-    def since(self, before: "Spent", n: int) -> "Spent":
-        """A request's, of n since then."""
-        return Spent(*((getattr(self, f) - getattr(before, f)) / n for f in ("loop", "threads", "workers")))
-
-
-@dataclass(frozen=True, slots=True)
-class Single:
-    """Requests sent one at a time at one width of re-ranking.
-
-    took: seconds by stage, f64[n, 6], in the order of COLUMNS. spent: a request.
-    """
-
-    rerank: int
-    took: Floats
-    spent: Spent
-
-    def scaled(self, by: float) -> "Single":
-        """On a machine that is slower by this factor."""
-        s = self.spent
-        return Single(self.rerank, self.took * by, Spent(s.loop * by, s.threads * by, s.workers * by))
-
-
 def aim(server: Server, bodies: Sequence[bytes], probe: Probe) -> Target:
     """Asks for the workers once: while something is metered, nothing else is to be asked of the service."""
     return Target(server, bodies, probe, tuple(server.workers().values()))
-
-
-COLUMNS = ("users", "retrieval", "preranking", "reranking", "selection", "total")
 
 
 def read_bodies(file: Path, most: int = POOL) -> list[bytes]:
@@ -176,9 +140,9 @@ def single(target: Target, rerank: int, n: int) -> Single:
     bodies = target.with_fields(rerank_count=rerank)
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)) as connection:
         _ask(connection, bodies[-1])  # opens the connection, and isn't counted
-        before = spent(target)
+        before = spent(target.server.process.pid, target.pids)
         answers = [_ask(connection, bodies[i % len(bodies)]) for i in range(n)]
-        used = spent(target).since(before, n)
+        used = spent(target.server.process.pid, target.pids).since(before, n)
     whole = [answer for answer in answers if not answer["degraded"]]
     if 2 * len(whole) < n:
         raise RuntimeError(f"{n - len(whole)} of {n} answers were degraded without load")
@@ -218,82 +182,6 @@ def _demand(target: Target, base: Configuration, reference: float, short: int, s
             say(f"widths {', '.join(map(str, widths(base)))}: a round took {len(runs) * A_ROUND} requests")
     base_runs = [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
     return demand_of(runs, base_runs, base, niceness(target.server)), speeds
-
-
-def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configuration, nice: int) -> Demand:
-    """The costs by width from runs at several, the shapes from those at the base widths. Pure."""
-    at = {name: i for i, name in enumerate(COLUMNS)}
-    every = [*runs, *base_runs]
-    users_s = float(np.median([np.median(run.took[:, at["users"]]) for run in every]))
-
-    def found(run: Single) -> int:
-        return max(base.retrieve, run.rerank)
-
-    def by_width(stage: str) -> Line:
-        return line(_medians((found(run), float(run.took[:, at[stage]].mean())) for run in every))
-
-    retrieval, preranking = by_width("retrieval"), by_width("preranking")
-
-    def narrow(run: Single) -> float:
-        return users_s + retrieval(found(run)) + preranking(found(run))
-
-    threads = float(np.mean([run.spent.threads / narrow(run) for run in every]))
-    narrow_on = "threads" if threads > 0.5 else "workers"
-    # A shard's CPU; what the narrow part took the workers, if it did, is not its.
-    of_shards = []
-    for run in every:
-        n_shards = shards(run.rerank, base.workers)
-        cpu = run.spent.workers - (narrow(run) if narrow_on == "workers" else 0.0)
-        of_shards.append((run.rerank / n_shards, max(cpu, 1e-6) / n_shards))
-    shard = line(_medians(of_shards))
-    loop_s, fan_out_s, row_s = _loop(every, base.workers)
-    took = np.concatenate([run.took for run in base_runs])
-    narrow_took = took[:, at["users"]] + took[:, at["retrieval"]] + took[:, at["preranking"]]
-    loop_took = took[:, at["total"]] - narrow_took - took[:, at["reranking"]]
-    n_shards = shards(base.rerank, base.workers)
-    dealing = n_shards * fan_out_s + base.rerank * row_s
-    shapes = np.column_stack([_shape(x) for x in (loop_took, narrow_took, took[:, at["reranking"]])])
-    return Demand(
-        loop_s=loop_s,
-        fan_out_s=fan_out_s,
-        row_s=row_s,
-        users_s=users_s,
-        retrieval=retrieval,
-        preranking=preranking,
-        shard=shard,
-        hop_s=max(0.0, float(loop_took.mean()) - loop_s),
-        round_trip_s=max(0.0, float(took[:, at["reranking"]].mean()) - dealing - shard(base.rerank / n_shards)),
-        narrow_on=narrow_on,
-        client_s=CLIENT_GUESS_S,
-        worker_weight=NICE_WEIGHT**-nice,
-        shapes=tuple(map(tuple, shapes.round(4).tolist())),
-    )
-
-
-def _loop(runs: Sequence[Single], workers: int) -> tuple[float, float, float]:
-    """The event loop's CPU: of a request, of each shard, of each row; none is negative."""
-    x = np.array([[1.0, shards(run.rerank, workers), run.rerank] for run in runs])
-    y, kept = np.array([run.spent.loop for run in runs]), [0, 1, 2]
-    while True:
-        fitted, *_ = np.linalg.lstsq(x[:, kept] / y[:, None], np.ones(len(y)), rcond=None)
-        if (fitted >= 0).all():
-            break
-        kept.pop(int(np.argmin(fitted)))
-    found = dict(zip(kept, fitted.tolist(), strict=True))
-    return found.get(0, 0.0), found.get(1, 0.0), found.get(2, 0.0)
-
-
-def _medians(points: Any) -> list[tuple[float, float]]:
-    """One point a size: the median of its seconds."""
-    by_size: dict[float, list[float]] = {}
-    for size, seconds in points:
-        by_size.setdefault(float(size), []).append(seconds)
-    return [(size, float(np.median(seconds))) for size, seconds in sorted(by_size.items())]
-
-
-def _shape(seconds: Floats) -> Floats:
-    """Single values over their mean; what rounding made negative is 0."""
-    return np.maximum(seconds, 0.0) / max(float(seconds.mean()), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------- under load
@@ -340,52 +228,3 @@ def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: f
         speeds=speeds,
         seconds=seconds,
     )
-
-
-# ------------------------------------------------------------------------------------------------ /proc
-
-
-def spent(target: Target) -> Spent:
-    """CPU so far, in nanoseconds' precision. Raises RuntimeError where the kernel keeps no such account."""
-    main = target.server.process.pid
-    of_threads = {int(t.name): _cpu(t) for t in Path(f"/proc/{main}/task").iterdir()}
-    workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in target.pids]
-    loop = of_threads.pop(main)
-    if not loop:
-        raise RuntimeError("/proc/…/schedstat: this kernel doesn't count, a calibration needs it")
-    return Spent(loop, sum(of_threads.values()), sum(workers))
-
-
-def _cpu(task: Path) -> float:
-    try:
-        return int((task / "schedstat").read_text().split()[0]) / 1e9
-    except (OSError, IndexError):  # a thread that has just ended
-        return 0.0
-
-
-def niceness(server: Server) -> int:
-    """Of the workers, as the scheduler has it."""
-    pid = next(iter(server.workers().values()))
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
-
-
-def read_memory(server: Server, bundle: Path) -> Memory:
-    """What the service's processes hold: proportional shares, and what is each one's own."""
-    workers = list(server.workers().values())
-    own = {pid: _smaps(pid, "Private_Dirty") for pid in (server.process.pid, *workers)}
-    files = sum(entry["size"] for entry in manifest_of(bundle)["files"].values())
-    return Memory(
-        pss=sum(_smaps(pid, "Pss") for pid in own),
-        main_private=own[server.process.pid],
-        worker_private=int(np.mean([own[pid] for pid in workers])),
-        files=files,
-        processes=len(own),
-    )
-
-
-def _smaps(pid: int, name: str) -> int:
-    """Bytes of one line of the sum over all maps."""
-    for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if row.startswith(f"{name}:"):
-            return 1024 * int(row.split()[1])
-    return 0

@@ -11,7 +11,8 @@ from loadtest.launch import Server
 from loadtest.plan import measure
 from loadtest.plan.calibration import CalibrationError, Configuration, read, write
 from loadtest.plan.costs import Exponent
-from loadtest.plan.measure import COLUMNS, Single, Spent, demand_of
+from loadtest.plan.demand import COLUMNS, Single, demand_of
+from loadtest.plan.metering import Spent, niceness, read_memory
 from loadtest.plan.recipe import shards
 from loadtest.plan.speed import probing
 from tests.loadtest.plan.made import BASE, DEMAND, calibration
@@ -90,10 +91,10 @@ def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundl
     assert seen.spent.loop > 0
     assert seen.spent.workers > 0
     assert seen.scaled(2.0).took == pytest.approx(2 * seen.took)
-    held = measure.read_memory(server, bundle)
+    held = read_memory(server, bundle)
     assert held.processes == 1 + 2 + 1  # the main one, two workers, a spare
     assert held.pss > held.main_private > 0
-    assert measure.niceness(server) > 0
+    assert niceness(server) > 0
 
 
 def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
