@@ -83,8 +83,8 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
         target = aim(server, read_bodies(requests), probe)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
-        reference = float(np.median([probe() for _ in range(5)]))
-        demand, speeds = _demand(target, base, reference, short, say)
+        demand, speeds = _demand(target, base, short, say)
+        reference = float(np.median(speeds))
         memory = read_memory(server, bundle)
         loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
         digest = str(server.serving().get("digest", ""))
@@ -166,21 +166,21 @@ def widths(base: Configuration) -> list[int]:
     return sorted({min(width, WIDEST) for width in (*several, 2 * base.retrieve, 4 * base.retrieve)})
 
 
-def _demand(target: Target, base: Configuration, reference: float, short: int, say: Say) -> tuple[Demand, list[float]]:
-    """What a request takes whom, by width; and the probes."""
-    speeds, runs = [target.probe()], list[Single]()
+def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, list[float]]:
+    """What a request takes whom, by width, at the median speed of the probes; and the probes."""
+    speeds = [target.probe()]
 
     def measured(rerank: int, n: int) -> Single:
-        """At the mean speed of the probes before and after."""
+        """At a speed of 1: seconds over those of the probes before and after."""
         run = single(target, rerank, n)
         speeds.append(target.probe())
-        return run.scaled(reference / float(np.mean(speeds[-2:])))
+        return run.scaled(1 / float(np.mean(speeds[-2:])))
 
-    for round_ in range(max(2, ROUNDS // short)):
-        runs += [measured(width, A_ROUND) for width in widths(base)]
-        if not round_:
-            say(f"widths {', '.join(map(str, widths(base)))}: a round took {len(runs) * A_ROUND} requests")
+    say(f"widths {', '.join(map(str, widths(base)))}")
+    runs = [measured(width, A_ROUND) for _ in range(max(2, ROUNDS // short)) for width in widths(base)]
     base_runs = [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
+    reference = float(np.median(speeds))
+    runs, base_runs = ([run.scaled(reference) for run in these] for these in (runs, base_runs))
     return demand_of(runs, base_runs, base, niceness(target.server)), speeds
 
 
