@@ -60,8 +60,8 @@ def served(request, generation):
     )
 
 
-async def test_the_kernels_give_the_funnels_answer(served, threads, unhurried):
-    kernels, funnel = Kernels(served), offline_funnel(served, threads)
+async def test_the_kernels_give_the_funnels_answer(served, unhurried):
+    kernels, funnel = Kernels(served), offline_funnel(served)
     for body in requests(served):
         query = wire.to_query(wire.parse(json.dumps(body).encode(), wire.RankRequest), "x", served)
         ranking = await world.rank_by(unhurried, funnel, query)
