@@ -176,10 +176,10 @@ def parse(body: bytes, schema: type[Asks]) -> Asks:
         errors = e.errors(include_url=False, include_context=False)
         if errors[0]["type"] == "json_invalid":
             raise MalformedBody(errors[0]["msg"]) from e
-        raise InvalidRequest(*_field_errors(errors, from_json(body))[:SHOWN_ERRORS]) from e
+        raise InvalidRequest(*_field_errors(errors, from_json(body), schema)[:SHOWN_ERRORS]) from e
 
 
-def _field_errors(errors: Sequence[Any], sent: Any) -> list[FieldError]:
+def _field_errors(errors: Sequence[Any], sent: Any, schema: type[Wire]) -> list[FieldError]:
     """One a field: where a value could have been of several types, what each allows is joined.
 
     Where an error is deeper inside the same value, the value had the form of that branch: only it is told.
@@ -189,9 +189,19 @@ def _field_errors(errors: Sequence[Any], sent: Any) -> list[FieldError]:
         by_path.setdefault(_path(error, sent), []).append(error)
     outer = {path[:n] for path in by_path for n in range(len(path))}
     told = {path: found for path, found in by_path.items() if path not in outer}
-    allowed = {path: ", or ".join(dict.fromkeys(e["msg"] for e in found)) for path, found in told.items()}
+    allowed = {
+        path: ", or ".join(dict.fromkeys(_allowed(path, e, schema) for e in found)) for path, found in told.items()
+    }
     names = {path: ".".join(map(str, path)) or "body" for path in told}
     return [FieldError(names[path], shown(found[0]["input"]), allowed[path]) for path, found in told.items()]
+
+
+def _allowed(path: tuple[int | str, ...], error: Any, schema: type[Wire]) -> str:
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    parts: dict[Any, type[Wire]] = {"user": UserPart, "filters": FilterPart, "candidates": CandidatePart}
+    fields = parts.get(path[0] if len(path) > 1 else None, schema).model_fields
+    return f"no such field; allowed: {', '.join(field.alias or name for name, field in fields.items())}"
 
 
 def _path(error: Any, value: Any) -> tuple[int | str, ...]:
