@@ -87,7 +87,6 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    threads = os.cpu_count() or 1
     rows = []
     with bundles.folder_beside(parsed.bundle) as folder:
         try:
@@ -97,7 +96,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             return 2
         for number in chosen:
             retrieve, rerank, workers = OTHERS[number - 1]
-            row = Row(Configuration(retrieve, rerank, workers, threads))
+            row = Row(Configuration(retrieve, rerank, workers, SLA_S))
             rows.append(row)
             say(f"{number}: {row.configuration} …")
             try:
@@ -145,7 +144,7 @@ def _measure(
     def predicts(speed_s: float) -> Model:
         return model(calibrated, row.configuration, scale=speed_s / calibrated.speed_s, has_client=True)
 
-    with probing() as probe, measure.serve(bundle, row.configuration, SLA_S * 1e3) as server:
+    with probing() as probe, measure.serve(bundle, row.configuration) as server:
         target = measure.aim(server, measure.read_bodies(requests), probe)
         measure.single(target, row.configuration.rerank, 100)
         steps: list[tuple[float, float]] = []
@@ -166,7 +165,7 @@ def _measure(
             raise RuntimeError("no rate keeps the SLA")
         near = [speed for rate, speed in steps if 1 / NEAR < rate / row.rate < NEAR]
         row.slower = float(np.mean(near)) / calibrated.speed_s
-        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), SLA_S, REQUESTS, step_s)
+        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), REQUESTS, step_s)
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
         for share in SHARES:
             settle(server)

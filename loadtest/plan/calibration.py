@@ -11,7 +11,7 @@ from typing import Any
 
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 1
+FORMAT = 2
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -22,12 +22,12 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What can be chosen: widths in candidates; workers, and threads of the service's pool, of one machine."""
+    """What can be chosen: widths in candidates; workers of one machine; the SLA, which decides who shares work."""
 
     retrieve: int
     rerank: int
     workers: int
-    threads: int
+    sla_s: float
 
     def __str__(self) -> str:
         return f"{self.retrieve} -> {self.rerank}, {self.workers} worker{'s' * (self.workers != 1)}"
@@ -51,23 +51,19 @@ class Loaded:
 class Demand:
     """What a request takes whom, at the reference speed.
 
-    loop_s: CPU of the event loop, but for: fan_out_s a shard, row_s a row that is sent to workers.
-    users_s, retrieval, preranking: the narrow part, by width. narrow_on: whose CPU it took, `threads` or `workers`.
-    shard: CPU of a worker by rows of a shard. hop_s, round_trip_s: waits without CPU after the narrow part, after
-    shards. client_s: CPU of the load generator, a request.
-    shapes: of single requests, loop, narrow part, re-ranking over their means: what the tails are made of.
+    loop_s: CPU of the event loop. users_s: CPU of a worker that is no stage's: it reads the request, finds out who
+    asks, selects, packs the answer. retrieval, preranking: by width; shard: re-ranking by rows. trip_s: without CPU, on
+    the way to a worker and back. client_s: CPU of the load generator, a request.
+    shapes: of single requests, all outside the three stages, the first two, re-ranking, over their means: what the
+    tails are made of.
     """
 
     loop_s: float
-    fan_out_s: float
-    row_s: float
     users_s: float
     retrieval: Line
     preranking: Line
     shard: Line
-    hop_s: float
-    round_trip_s: float
-    narrow_on: str
+    trip_s: float
     client_s: float
     worker_weight: float
     shapes: tuple[tuple[float, float, float], ...]

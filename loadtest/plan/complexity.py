@@ -1,11 +1,10 @@
 """How each stage's cost grows with catalogue, width and model: powers, fitted on made-up worlds of several sizes.
 
-Worlds differ in one thing at a time. Each is served and asked one request at a time at several widths; retrieval and
-pre-ranking are timed by the answers, re-ranking by the CPU of the workers. An index of another size has search
-parameters of its own, found by its recall, so an exponent is of the service at equal recall and not of a loop.
+Worlds differ in one thing at a time. Each is served and asked one request at a time at several widths; the stages are
+timed by the answers. An index of another size has search parameters of its own, found by its recall, so an exponent is
+of the service at equal recall and not of a loop.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +68,7 @@ def fitted(points: Sequence[Point]) -> dict[str, dict[str, Exponent]]:
 
 def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: int) -> list[Point]:
     made = measure.manifest_of(bundle)["funnel"]["retrieve"]
-    configuration = Configuration(made, 0, WORKERS, os.cpu_count() or 1)
+    configuration = Configuration(made, 0, WORKERS, measure.UNHURRIED_S)
     runs: dict[int, list[Single]] = {}
     with measure.serve(bundle, configuration) as server:
         target = measure.aim(server, measure.read_bodies(bundles.requests_of(bundle)), probe)
@@ -92,7 +91,7 @@ def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: in
             rerank=width,
             retrieval=median(width, "retrieval"),
             preranking=median(width, "preranking"),
-            reranking=float(np.median([run.spent.workers for run in runs[width]])),
+            reranking=median(width, "reranking"),
         )
         for width in WIDTHS
     ]

@@ -1,6 +1,9 @@
-"""From single requests at several widths to what a request takes whom: lines by width, shapes, waits. Pure."""
+"""From single requests at several widths to what a request takes whom: lines by width, shapes, waits. Pure.
 
-from collections.abc import Iterable, Sequence
+Each was taken its whole way by one worker: nothing here says what sharing one costs (recipe.py, FAN_OUT_S).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +12,6 @@ from loadtest.observed import Floats
 from loadtest.plan.calibration import Configuration, Demand
 from loadtest.plan.costs import Line, line
 from loadtest.plan.metering import Spent
-from loadtest.plan.recipe import shards
 
 COLUMNS = ("users", "retrieval", "preranking", "reranking", "selection", "total")  # of an answer's took_ms
 CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
@@ -30,70 +32,44 @@ class Single:
     def scaled(self, by: float) -> "Single":
         """On a machine that is slower by this factor."""
         s = self.spent
-        return Single(self.rerank, self.took * by, Spent(s.loop * by, s.threads * by, s.workers * by))
+        return Single(self.rerank, self.took * by, Spent(s.loop * by, s.workers * by))
 
 
 def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configuration, nice: int) -> Demand:
     """The costs by width from runs at several, the shapes from those at the base widths. Pure."""
     at = {name: i for i, name in enumerate(COLUMNS)}
     every = [*runs, *base_runs]
-    users_s = float(np.median([np.median(run.took[:, at["users"]]) for run in every]))
 
     def found(run: Single) -> int:
         return max(base.retrieve, run.rerank)
 
-    def by_width(stage: str) -> Line:
-        return line(_medians((found(run), float(run.took[:, at[stage]].mean())) for run in every))
+    def by_width(stage: str, width: Callable[[Single], int]) -> Line:
+        return line(_medians((width(run), float(run.took[:, at[stage]].mean())) for run in every))
 
-    retrieval, preranking = by_width("retrieval"), by_width("preranking")
+    retrieval, preranking = by_width("retrieval", found), by_width("preranking", found)
+    shard = by_width("reranking", lambda run: run.rerank)
 
-    def narrow(run: Single) -> float:
-        return users_s + retrieval(found(run)) + preranking(found(run))
+    def others(run: Single) -> float:
+        """A worker's CPU that is no stage's."""
+        return run.spent.workers - retrieval(found(run)) - preranking(found(run)) - shard(run.rerank)
 
-    threads = float(np.mean([run.spent.threads / narrow(run) for run in every]))
-    narrow_on = "threads" if threads > 0.5 else "workers"
-    # A shard's CPU; what the narrow part took the workers, if it did, is not its.
-    of_shards = []
-    for run in every:
-        n_shards = shards(run.rerank, base.workers)
-        cpu = run.spent.workers - (narrow(run) if narrow_on == "workers" else 0.0)
-        of_shards.append((run.rerank / n_shards, max(cpu, 1e-6) / n_shards))
-    shard = line(_medians(of_shards))
-    loop_s, fan_out_s, row_s = _loop(every, base.workers)
+    users_s = max(0.0, float(np.median([others(run) for run in every])))
+    loop_s = float(np.median([run.spent.loop for run in every]))
     took = np.concatenate([run.took for run in base_runs])
-    narrow_took = took[:, at["users"]] + took[:, at["retrieval"]] + took[:, at["preranking"]]
-    loop_took = took[:, at["total"]] - narrow_took - took[:, at["reranking"]]
-    n_shards = shards(base.rerank, base.workers)
-    dealing = n_shards * fan_out_s + base.rerank * row_s
-    shapes = np.column_stack([_shape(x) for x in (loop_took, narrow_took, took[:, at["reranking"]])])
+    narrow_took, rerank_took = took[:, at["retrieval"]] + took[:, at["preranking"]], took[:, at["reranking"]]
+    rest_took = took[:, at["total"]] - narrow_took - rerank_took
+    shapes = np.column_stack([_shape(x) for x in (rest_took, narrow_took, rerank_took)])
     return Demand(
         loop_s=loop_s,
-        fan_out_s=fan_out_s,
-        row_s=row_s,
         users_s=users_s,
         retrieval=retrieval,
         preranking=preranking,
         shard=shard,
-        hop_s=max(0.0, float(loop_took.mean()) - loop_s),
-        round_trip_s=max(0.0, float(took[:, at["reranking"]].mean()) - dealing - shard(base.rerank / n_shards)),
-        narrow_on=narrow_on,
+        trip_s=max(0.0, float(rest_took.mean()) - loop_s - users_s),
         client_s=CLIENT_GUESS_S,
         worker_weight=NICE_WEIGHT**-nice,
         shapes=tuple(map(tuple, shapes.round(4).tolist())),
     )
-
-
-def _loop(runs: Sequence[Single], workers: int) -> tuple[float, float, float]:
-    """The event loop's CPU: of a request, of each shard, of each row; none is negative."""
-    x = np.array([[1.0, shards(run.rerank, workers), run.rerank] for run in runs])
-    y, kept = np.array([run.spent.loop for run in runs]), [0, 1, 2]
-    while True:
-        fitted, *_ = np.linalg.lstsq(x[:, kept] / y[:, None], np.ones(len(y)), rcond=None)
-        if (fitted >= 0).all():
-            break
-        kept.pop(int(np.argmin(fitted)))
-    found = dict(zip(kept, fitted.tolist(), strict=True))
-    return found.get(0, 0.0), found.get(1, 0.0), found.get(2, 0.0)
 
 
 def _medians(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -32,11 +32,11 @@ from loadtest.plan import fit
 from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import niceness, read_memory, spent
-from loadtest.plan.recipe import MIN_SHARD, Model
+from loadtest.plan.recipe import Model
 from loadtest.plan.simulation import Machine
 from loadtest.plan.speed import Probe, probing
 
-UNHURRIED_MS = 10_000.0  # the SLA of a calibration: nothing is narrowed, what is measured is the full funnel
+UNHURRIED_S = 10.0  # the SLA of a calibration: nothing is narrowed, and one worker takes a request its whole way
 POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
@@ -77,7 +77,7 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
     """Serve the bundle and measure it. Raises RuntimeError when it can't be."""
     manifest = manifest_of(bundle)
     funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
-    base = Configuration(funnel["retrieve"], funnel["rerank"], workers, os.cpu_count() or 1)
+    base = Configuration(funnel["retrieve"], funnel["rerank"], workers, UNHURRIED_S)
     short = 10 if is_quick else 1
     with probing() as probe, serve(bundle, base) as server:
         target = aim(server, read_bodies(requests), probe)
@@ -118,10 +118,9 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
     return fitted
 
 
-def serve(bundle: Path, configuration: Configuration, sla_ms: float = UNHURRIED_MS) -> Any:
+def serve(bundle: Path, configuration: Configuration) -> Any:
     """The service in this configuration; the bundle has its widths. Without a log: nobody here is to read it."""
-    settings = {"SLA_MS": f"{sla_ms:g}", "THREADS": str(configuration.threads)}
-    return launch.service(bundle, configuration.workers, log=NO_LOG, **settings)
+    return launch.service(bundle, configuration.workers, log=NO_LOG, SLA_MS=f"{configuration.sla_s * 1e3:g}")
 
 
 def manifest_of(bundle: Path) -> Any:
@@ -161,9 +160,9 @@ def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
 
 
 def widths(base: Configuration) -> list[int]:
-    """Re-ranking widths to measure: around a second shard, and up to four times what retrieval finds."""
-    several = [MIN_SHARD, 2 * MIN_SHARD - 1, 2 * MIN_SHARD, base.rerank, 2 * base.rerank, base.retrieve]
-    return sorted({min(width, WIDEST) for width in (*several, 2 * base.retrieve, 4 * base.retrieve)})
+    """Re-ranking widths to measure: from half of the base's up to four times what retrieval finds."""
+    several = [times * base.rerank // 2 for times in (1, 2, 4)] + [times * base.retrieve for times in (1, 2, 4)]
+    return sorted({min(width, WIDEST) for width in several})
 
 
 def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, list[float]]:

@@ -1,4 +1,4 @@
-"""What the kernel knows of the service's processes: whose CPU it was, by thread, and whose memory. Reads /proc only."""
+"""What the kernel knows of the service's processes: whose CPU it was, and whose memory. Reads /proc only."""
 
 import json
 from collections.abc import Iterable
@@ -13,25 +13,22 @@ from loadtest.plan.calibration import Memory
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """CPU seconds so far: the event loop's thread, the other threads of its process, the workers."""
+    """CPU seconds so far: the event loop's thread, the workers."""
 
     loop: float
-    threads: float
     workers: float
 
     def since(self, before: "Spent", n: int) -> "Spent":
         """A request's, of n since then."""
-        return Spent(*((getattr(self, f) - getattr(before, f)) / n for f in ("loop", "threads", "workers")))
+        return Spent((self.loop - before.loop) / n, (self.workers - before.workers) / n)
 
 
 def spent(main: int, workers: Iterable[int]) -> Spent:
     """CPU so far, in nanoseconds' precision. Raises RuntimeError where the kernel keeps no such account."""
-    of_threads = {int(t.name): _cpu(t) for t in Path(f"/proc/{main}/task").iterdir()}
     of_workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in workers]
-    loop = of_threads.pop(main)
-    if not loop:
+    if not (loop := _cpu(Path(f"/proc/{main}/task/{main}"))):
         raise RuntimeError("/proc/…/schedstat: this kernel doesn't count, a calibration needs it")
-    return Spent(loop, sum(of_threads.values()), sum(of_workers))
+    return Spent(loop, sum(of_workers))
 
 
 def _cpu(task: Path) -> float:

@@ -52,10 +52,12 @@ class Interval:
 class Plan:
     """The answer. rate: the highest at the SLA of one machine. headroom: what could come on top, over qps, by loss.
 
-    machines: 0 when no rate keeps the SLA. stage_s: CPU seconds of a request by stage. busy: share of the cores.
+    is_shared: several workers share a request's re-ranking. machines: 0 when no rate keeps the SLA.
+    stage_s: CPU seconds of a request by stage. busy: share of the cores.
     """
 
     configuration: Configuration
+    is_shared: bool
     machines: int
     rate: Interval
     p50_s: Interval
@@ -71,17 +73,18 @@ def plan(calibration: Calibration, question: Question) -> Plan:
     """The number of workers with the highest rate, and as many machines as it takes."""
     likely, fast, slow = variants(calibration, question)
     tried = [question.workers] if question.workers else list(range(1, question.cores + 1))
-    by_workers = {w: highest_rate(with_workers(likely, w), question.p99_s, REQUESTS) for w in tried}
+    by_workers = {w: highest_rate(with_workers(likely, w), REQUESTS) for w in tried}
     most = max(by_workers.values())
     workers = min(w for w, rate in by_workers.items() if rate >= (1 - WITHIN) * most)
     here, quick, slowly = (with_workers(m, workers) for m in (likely, fast, slow))
-    rates = [highest_rate(m, question.p99_s, REQUESTS) for m in (quick, slowly)]
+    rates = [highest_rate(m, REQUESTS) for m in (quick, slowly)]
     rate = Interval(by_workers[workers], min(rates), max(rates))
     machines = math.ceil(question.qps / rate.likely) if rate.likely else 0
     p50, p99, busy = _expected((here, quick, slowly), question.qps / max(machines, 1))
-    without = highest_rate(with_workers(likely, workers - 1), question.p99_s, REQUESTS) if workers > 1 else 0.0
+    without = highest_rate(with_workers(likely, workers - 1), REQUESTS) if workers > 1 else 0.0
     return Plan(
         here.configuration,
+        here.is_shared(here.configuration),
         machines,
         rate,
         p50,
@@ -99,8 +102,7 @@ def variants(calibration: Calibration, question: Question) -> tuple[Model, Model
     ratios = np.asarray(calibration.speeds) / calibration.speed_s
     exponent = growth_of(calibration)
     growths = exponent.growth(question.items / calibration.items)
-    threads = max(1, round(calibration.base.threads * question.cores / calibration.cores))
-    chosen = Configuration(question.retrieve, question.rerank, question.workers or question.cores, threads)
+    chosen = Configuration(question.retrieve, question.rerank, question.workers or question.cores, question.p99_s)
     scales = (1.0, min(1.0, float(np.quantile(ratios, 0.1))), max(1.0, float(np.quantile(ratios, 0.9))))
     made = []
     for scale, growth in zip(scales, growths, strict=True):
@@ -121,7 +123,7 @@ def with_workers(one: Model, workers: int) -> Model:
 
 
 @lru_cache
-def highest_rate(one: Model, sla_s: float, requests: int, run_s: float = math.inf) -> float:
+def highest_rate(one: Model, requests: int, run_s: float = math.inf) -> float:
     """Requests a second at which the simulated p99 is NARROWS_AT of the SLA; 0 if a lone request is slower.
 
     run_s: the length of a run that begins without anybody, as measurements do; by default there is one long run.
@@ -130,7 +132,7 @@ def highest_rate(one: Model, sla_s: float, requests: int, run_s: float = math.in
     def holds(rate: float) -> bool:
         runs = max(1, math.ceil(requests / rate / run_s))
         met = latencies([one] * runs, rate, max(requests / rate, runs * run_s if runs > 1 else 0.0))
-        return bool(np.percentile(met, 99) <= NARROWS_AT * sla_s)
+        return bool(np.percentile(met, 99) <= NARROWS_AT * one.configuration.sla_s)
 
     high = one.bound
     low = high / 64

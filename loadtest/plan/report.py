@@ -7,6 +7,7 @@ from loadtest.plan.classic import Sum
 from loadtest.plan.costs import Line
 from loadtest.plan.memory import GIB, KINDS, index_bytes, kind_for
 from loadtest.plan.planning import NARROWS_AT, Interval, Plan, Question, growth_of
+from loadtest.plan.recipe import FAN_OUT_S
 from loadtest.plan.widths import Choice
 
 ENDLESS_S = 2.0  # a p99 beyond it means a queue that grows
@@ -23,6 +24,7 @@ def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_
         tried = ", ".join(f"{w}: {r:.0f}/s" for w, r in plan.by_workers.items())
         yield _row("machines", f"{plan.machines} of {question.cores} cores")
         yield _row("workers a machine", f"{c.workers}   ({tried})")
+        yield _row("a request", "re-ranked by all workers" if plan.is_shared else "one worker takes it its whole way")
         yield _row("memory a machine", f"{memory_bytes / GIB:.1f} GiB")
         yield _row("highest rate", f"{_interval(plan.rate)} a second on one machine, at full quality")
         met = f"p50 {_ms(plan.p50_s)}, p99 {_ms(plan.p99_s)}, cores busy {plan.busy:.0%}"
@@ -40,11 +42,14 @@ def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_
 def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Iterator[str]:
     """Which numbers were measured here, which fitted, simulated, extrapolated."""
     quick = "; a quick one, no measurement" if calibration.is_quick else ""
-    where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base}"
-    yield _row("measured", f"{where}; the narrow part runs on {calibration.demand.narrow_on}{quick}")
+    where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base}{quick}"
+    yield _row("measured", where)
     lose = f"cores lose {calibration.contention:.0%} to each other, who wakes waits {calibration.wake_s * 1e3:.2f} ms"
     runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
     yield _row("fitted", f"{lose}; {runs}" if calibration.loaded else "nothing: no run under load could be used")
+    if plan.is_shared:
+        assumed = f"the event loop takes {FAN_OUT_S * 1e3:.2f} ms a shard; the calibration shared no request"
+        yield _row("assumed", assumed)
     yield _row("simulated", "all rates and latencies, without the network and a load generator; the intervals are")
     yield _row("", "the speeds this machine had during the calibration, and two seeds")
     if plan.machines > 1:
@@ -72,12 +77,12 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
 def cost_lines(calibration: Calibration) -> Iterator[str]:
     """What was measured of the stages, as lines over their widths."""
     d = calibration.demand
-    dealing = f"{d.fan_out_s * 1e3:.2f} ms a shard + {d.row_s * 1e6:.2f} us a row"
-    yield _row("costs", f"event loop {d.loop_s * 1e3:.2f} ms + {dealing}; who asks {d.users_s * 1e3:.2f} ms")
+    others = f"who asks, selection, reading and packing {d.users_s * 1e3:.2f} ms"
+    yield _row("costs", f"event loop {d.loop_s * 1e3:.2f} ms; {others}")
     found, scored = _line(d.retrieval, "candidate"), _line(d.preranking, "candidate")
     yield _row("", f"retrieval {found}; pre-ranking {scored}")
-    waits = f"waits without CPU {(d.hop_s + d.round_trip_s) * 1e3:.2f} ms"
-    yield _row("", f"a shard {_line(d.shard, 'row')}; {waits}")
+    waits = f"without CPU, to a worker and back, {d.trip_s * 1e3:.2f} ms"
+    yield _row("", f"re-ranking {_line(d.shard, 'row')}; {waits}")
 
 
 def memory_lines(calibration: Calibration, items: int) -> Iterator[str]:

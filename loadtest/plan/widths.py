@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.plan.calibration import Configuration
-
 SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 
 
@@ -55,7 +53,3 @@ def cheapest(manifest: dict[str, Any], floor: float, cpu_s: Any) -> Choice:
     full = manifest["funnel"]
     whole = Choice(full["retrieve"], full["rerank"], 0.0, cpu_s(full["retrieve"], full["rerank"]))
     return min([*kept, whole], key=lambda choice: (choice.cpu_s, choice.loss))
-
-
-def narrowed(configuration: Configuration, choice: Choice) -> Configuration:
-    return Configuration(choice.retrieve, choice.rerank, configuration.workers, configuration.threads)

@@ -7,18 +7,14 @@ from loadtest.plan.calibration import Calibration, Configuration, Demand, Memory
 from loadtest.plan.costs import Line
 
 MS = 1e-3
-BASE = Configuration(retrieve=500, rerank=128, workers=2, threads=2)
+BASE = Configuration(retrieve=500, rerank=128, workers=2, sla_s=10.0)
 DEMAND = Demand(
     loop_s=1 * MS,
-    fan_out_s=0.1 * MS,
-    row_s=0.0,
     users_s=0.2 * MS,
     retrieval=Line(0.8 * MS, 1e-6),
     preranking=Line(0.1 * MS, 2e-7),
     shard=Line(0.3 * MS, 10e-6),
-    hop_s=0.1 * MS,
-    round_trip_s=0.2 * MS,
-    narrow_on="threads",
+    trip_s=0.3 * MS,
     client_s=0.4 * MS,
     worker_weight=0.1,
     shapes=((1.0, 1.0, 1.0),),

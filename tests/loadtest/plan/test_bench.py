@@ -13,7 +13,7 @@ from loadtest.plan.calibration import Configuration, write
 from loadtest.table import verdict
 from tests.loadtest.plan.made import CALIBRATION, calibration
 
-CONFIGURATION = Configuration(250, 50, 1, 2)
+CONFIGURATION = Configuration(250, 50, 1, 0.1)
 
 
 def row(rate: float, predicted: float, p99: float) -> Row:
@@ -53,7 +53,7 @@ def test_a_calibration_of_what_is_to_be_predicted_is_refused(
 ) -> None:
     tiny = Path(shutil.copytree(bundle, tmp_path / "tiny"))
     (tmp_path / "tiny.requests.jsonl").write_text('{"k": 3}')
-    write(calibration(base=Configuration(*OTHERS[0], threads=2)), tmp_path / "c.json")
+    write(calibration(base=Configuration(*OTHERS[0], sla_s=10.0)), tmp_path / "c.json")
     asked = ["capacity", "--bundle", str(tiny), "--calibration", str(tmp_path / "c.json")]
     assert main(asked) == 2
     assert "250 -> 50, 1 worker is one of those" in capsys.readouterr().err

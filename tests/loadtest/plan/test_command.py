@@ -44,6 +44,18 @@ def test_a_plan_says_what_was_measured_and_what_was_not(
     assert int(lines["machines"].split()[0]) > 1
 
 
+def test_a_plan_in_which_workers_share_a_request_says_what_it_assumes(
+    known: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--qps", "10", "--workers", "2", "--bundle", str(bundle), *known]
+    assert main(["plan", "--rerank", "128", *asked]) == 0
+    assert "assumed               the event loop" not in capsys.readouterr().out
+    assert main(["plan", "--rerank", "4000", *asked]) == 0  # 40 ms for one worker
+    said = capsys.readouterr().out
+    assert "re-ranked by all workers" in said
+    assert "assumed               the event loop takes 1.00 ms a shard" in said
+
+
 def test_a_quality_floor_chooses_the_widths(known: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--qps", "50", "--quality-floor", "0.7", "--workers", "2"]
     assert main(["plan", *asked, *known, "--bundle", str(bundle)]) == 0

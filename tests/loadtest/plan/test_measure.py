@@ -13,39 +13,24 @@ from loadtest.plan.calibration import CalibrationError, Configuration, read, wri
 from loadtest.plan.costs import Exponent
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import Spent, niceness, read_memory
-from loadtest.plan.recipe import shards
 from loadtest.plan.speed import probing
 from tests.loadtest.plan.made import BASE, DEMAND, calibration
 
 
-def single(rerank: int, narrow_on: str) -> Single:
+def single(rerank: int) -> Single:
     """What the made-up service would show at this width, one request at a time."""
-    n_shards, found = shards(rerank, BASE.workers), max(BASE.retrieve, rerank)
-    narrow_s = DEMAND.users_s + DEMAND.retrieval(found) + DEMAND.preranking(found)
-    shard_s, dealing_s = DEMAND.shard(rerank / n_shards), n_shards * DEMAND.fan_out_s
-    reranking_s = dealing_s + shard_s + DEMAND.round_trip_s
-    total_s = DEMAND.loop_s + DEMAND.hop_s + narrow_s + reranking_s
-    took = {
-        "users": DEMAND.users_s,
-        "retrieval": DEMAND.retrieval(found),
-        "preranking": DEMAND.preranking(found),
-        "reranking": reranking_s,
-        "selection": 0.0,
-        "total": total_s,
-    }
-    on_threads = narrow_on == "threads"
-    spent = Spent(
-        DEMAND.loop_s + dealing_s, narrow_s if on_threads else 0.0, n_shards * shard_s + (0 if on_threads else narrow_s)
-    )
+    found = max(BASE.retrieve, rerank)
+    stages = DEMAND.retrieval(found), DEMAND.preranking(found), DEMAND.shard(rerank)
+    turn_s, total_s = DEMAND.trip_s + DEMAND.users_s, DEMAND.loop_s + DEMAND.trip_s + DEMAND.users_s + sum(stages)
+    took = dict(zip(COLUMNS, (turn_s, *stages, 0.0, total_s), strict=True))
+    spent = Spent(DEMAND.loop_s, DEMAND.users_s + sum(stages))
     return Single(rerank, np.array([[took[name] for name in COLUMNS]] * 20), spent)
 
 
-@pytest.mark.parametrize("narrow_on", ["threads", "workers"])
-def test_planted_costs_are_found_whoever_runs_the_narrow_part(narrow_on: str) -> None:
-    runs = [single(width, narrow_on) for width in measure.widths(BASE)]
-    found = demand_of(runs, [single(BASE.rerank, narrow_on)] * 3, BASE, nice=10)
-    assert found.narrow_on == narrow_on
-    for name in ("loop_s", "fan_out_s", "users_s", "hop_s", "round_trip_s"):
+def test_planted_costs_are_found() -> None:
+    runs = [single(width) for width in measure.widths(BASE)]
+    found = demand_of(runs, [single(BASE.rerank)] * 3, BASE, nice=10)
+    for name in ("loop_s", "users_s", "trip_s"):
         assert getattr(found, name) == pytest.approx(getattr(DEMAND, name), rel=0.01), name
     for name in ("retrieval", "preranking", "shard"):
         assert getattr(found, name)(300) == pytest.approx(getattr(DEMAND, name)(300), rel=0.01), name
@@ -53,8 +38,8 @@ def test_planted_costs_are_found_whoever_runs_the_narrow_part(narrow_on: str) ->
     assert np.asarray(found.shapes) == pytest.approx(1.0)
 
 
-def test_widths_show_a_second_shard_and_a_wider_retrieval() -> None:
-    assert measure.widths(BASE) == [16, 31, 32, 128, 256, 500, 1_000, 2_000]
+def test_widths_are_the_base_s_and_those_that_widen_retrieval() -> None:
+    assert measure.widths(BASE) == [64, 128, 256, 500, 1_000, 2_000]
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -64,7 +49,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read(tmp_path / "deep/c.json") == kept
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 1}', "[]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 2}', "[]"])
 def test_what_is_no_calibration_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(CalibrationError, match=r"c\.json"):
@@ -76,7 +61,7 @@ def test_what_is_no_calibration_is_refused_by_its_name(tmp_path: Path, text: str
 
 @pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[Server]:
-    with measure.serve(bundle, Configuration(40, 32, 2, 1)) as started:
+    with measure.serve(bundle, Configuration(40, 32, 2, measure.UNHURRIED_S)) as started:
         yield started
 
 

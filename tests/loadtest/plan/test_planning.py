@@ -57,13 +57,13 @@ def test_an_sla_under_a_lone_request_has_no_rate() -> None:
 
 
 def test_the_highest_rate_keeps_the_sla_and_stays_under_the_bound() -> None:
-    one = model(CALIBRATION, BASE)
-    rate = highest_rate(one, 0.05, 2_000)
+    one, hurried = (model(CALIBRATION, replace(BASE, sla_s=sla_s)) for sla_s in (0.1, 0.05))
+    rate = highest_rate(hurried, 2_000)
     assert rate < one.bound
     assert one.at(rate, 2_000 / rate).percentile_s(99) <= 0.85 * 0.05
-    assert highest_rate(one, 0.1, 2_000) >= rate
-    slow = model(CALIBRATION, BASE, scale=2.0)
-    assert highest_rate(slow, 0.1, 2_000) == pytest.approx(rate / 2, rel=0.03)  # all of it takes twice as long
+    assert highest_rate(one, 2_000) >= rate
+    slow = model(CALIBRATION, one.configuration, scale=2.0)
+    assert highest_rate(slow, 2_000) == pytest.approx(rate / 2, rel=0.03)  # all of it takes twice as long
 
 
 def test_a_larger_catalogue_grows_retrieval_by_its_exponent_and_its_interval() -> None:

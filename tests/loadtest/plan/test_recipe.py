@@ -1,20 +1,38 @@
-"""Who runs what: steps add up to what was measured, wherever the narrow part runs."""
+"""Who runs what: by the service's own rules; steps add up to what was measured, whoever runs them."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from app import gate
+from app.settings import Settings
+from app.stages import reranking
+from app.workers import pool
+from loadtest.plan import memory, planning, recipe
 from loadtest.plan.calibration import Configuration
-from loadtest.plan.recipe import LOOP, WORKERS, latencies, model, shards
+from loadtest.plan.recipe import FAN_OUT_S, LOOP, THREADS, WORKERS, latencies, model
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration, demand
 
-ALONE_S = (  # loop, two shards dealt out, narrow part, a hop; 64 rows a shard, a round trip
-    (1 + 2 * 0.1) * MS + (0.2 + 0.8 + 0.5 + 0.1 + 0.1) * MS + 0.1 * MS + (0.3 + 0.64) * MS + 0.2 * MS
-)
+NARROW_S = (0.2 + 0.8 + 0.5 + 0.1 + 0.1) * MS
+ALONE_S = 1 * MS + NARROW_S + (0.3 + 1.28) * MS + 0.3 * MS  # loop, narrow part, 128 rows, the trip
+HURRIED = replace(BASE, sla_s=5 * MS)  # 0.3 of it is less than 128 rows take
+
+
+def test_the_service_s_rules_are_the_service_s() -> None:
+    assert (recipe.MIN_SHARD, recipe.ALONE) == (reranking.MIN_SHARD, pool.ALONE)
+    assert planning.NARROWS_AT == gate.AIM
+    assert Settings().spares == memory.SPARES
 
 
 def test_a_lone_request_takes_what_its_parts_take() -> None:
     seen = model(CALIBRATION, BASE).at(rate=0.01, seconds=10_000)
     assert seen.latency_s == pytest.approx(ALONE_S, rel=1e-6)
+
+
+def test_a_lone_request_that_is_shared_takes_its_longest_shard_and_the_fan_out() -> None:
+    seen = model(CALIBRATION, HURRIED).at(rate=0.01, seconds=10_000)
+    assert seen.latency_s == pytest.approx(ALONE_S - 0.64 * MS + 2 * FAN_OUT_S, rel=1e-6)
 
 
 def test_a_machine_half_as_fast_takes_twice_as_long() -> None:
@@ -23,25 +41,49 @@ def test_a_machine_half_as_fast_takes_twice_as_long() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rerank", "workers", "expected"), [(128, 2, 2), (31, 2, 1), (32, 2, 2), (8, 4, 1), (500, 1, 1)]
+    ("rerank", "workers", "sla_ms", "is_shared", "shards"),
+    [
+        (128, 2, 5.3, False, 1),  # 1.58 ms of re-ranking against 0.3 of the SLA: 1.59
+        (128, 2, 5.2, True, 2),
+        (128, 4, 5.2, True, 4),
+        (128, 1, 1.0, False, 1),
+        (31, 2, 1.0, True, 1),
+        (32, 2, 1.0, True, 2),
+    ],
 )
-def test_shards_are_as_many_as_workers_but_none_is_tiny(rerank: int, workers: int, expected: int) -> None:
-    assert shards(rerank, workers) == expected
+def test_what_takes_one_worker_too_long_is_shared(
+    rerank: int, workers: int, sla_ms: float, is_shared: bool, shards: int
+) -> None:
+    chosen = Configuration(500, rerank, workers, sla_ms * MS)
+    one = model(CALIBRATION, chosen)
+    assert (one.is_shared(chosen), one.shards(chosen)) == (is_shared, shards)
 
 
-def test_the_narrow_part_queues_where_its_cpu_was_spent() -> None:
-    on_workers = model(calibration(demand=demand(narrow_on="workers")), BASE)
-    steps = on_workers.steps(3, np.random.default_rng(0))
-    assert [step.station for step in steps] == [LOOP, WORKERS, LOOP, WORKERS, LOOP]
-    narrow_s, shard_s = (0.2 + 0.8 + 0.5 + 0.1 + 0.1) * MS, (0.3 + 1.28) * MS
-    alone = model(calibration(cores=8, demand=demand(narrow_on="workers")), Configuration(500, 128, 1, 8))
-    assert alone.bound == pytest.approx(1 / (narrow_s + shard_s))
+def test_on_a_slower_machine_the_same_request_is_shared() -> None:
+    chosen = replace(BASE, sla_s=6 * MS)
+    assert not model(CALIBRATION, chosen).is_shared(chosen)
+    assert model(CALIBRATION, chosen, scale=1.5).is_shared(chosen)
+
+
+def test_a_whole_request_is_one_step_of_a_worker_and_a_shared_one_begins_in_a_thread() -> None:
+    def stations(c: Configuration) -> list[int]:
+        return [step.station for step in model(CALIBRATION, c).steps(3, np.random.default_rng(0))]
+
+    assert stations(BASE) == [LOOP, WORKERS, LOOP]
+    assert stations(HURRIED) == [LOOP, THREADS, LOOP, WORKERS, LOOP]
+
+
+def test_the_bound_is_that_of_the_busiest() -> None:
+    many = calibration(cores=8)
+    assert model(many, replace(BASE, workers=1)).bound == pytest.approx(1 / (NARROW_S + 1.58 * MS))
+    assert model(many, HURRIED).bound == pytest.approx(1 / (1 * MS + 2 * FAN_OUT_S))  # the loop deals out
+    assert model(CALIBRATION, BASE).bound == pytest.approx(2 / (1 * MS + NARROW_S + 1.58 * MS))
 
 
 def test_the_generator_is_there_only_when_asked_for() -> None:
     with_client = model(CALIBRATION, BASE, has_client=True).at(rate=0.01, seconds=10_000)
     assert with_client.latency_s == pytest.approx(ALONE_S + 0.4 * MS, rel=1e-6)
-    assert len(model(CALIBRATION, BASE).steps(1, np.random.default_rng(0))) == 5
+    assert len(model(CALIBRATION, BASE).steps(1, np.random.default_rng(0))) == 3
 
 
 def test_the_bound_is_where_queues_begin_to_grow() -> None:
@@ -54,7 +96,8 @@ def test_the_bound_is_where_queues_begin_to_grow() -> None:
 @pytest.mark.parametrize("retrieve", [100, 500, 4_000])
 def test_work_keeps_its_mean_at_any_width_and_stalls_their_length(retrieve: int) -> None:
     shapes = tuple((s, s, s) for s in [0.5] * 95 + [10.5] * 5)  # their mean is 1; a stall is ten times the rest
-    one = model(calibration(demand=demand(shapes=shapes)), Configuration(retrieve, 128, 2, 2))
+    shared = Configuration(retrieve, 128, 2, HURRIED.sla_s)  # there the narrow part is a step of its own
+    one = model(calibration(demand=demand(shapes=shapes)), shared)
     narrow = one.steps(100_000, np.random.default_rng(0))[1].work
     expected = (0.2 + 0.8 + 0.1) * MS + retrieve * 1.2e-6
     assert narrow.mean() == pytest.approx(expected, rel=0.03)
