@@ -19,8 +19,9 @@ from loadtest.plan.simulation import Floats, Machine, Simulated, Station, Step, 
 ALONE = 0.3  # of the SLA, for re-ranking by one worker (the service's rule, as the next; a test holds both to it)
 MIN_SHARD = 16  # rows: fewer are not worth a shard of their own
 MORE_THREADS, MOST_THREADS = 4, 32  # of asyncio's own pool: so many more than cores, and the most
-# CPU of the loop a shard, which comes back in about three slices of 0.3 ms. No calibration measures it: met 2026-11 on
-# two cores with paced rows, 0.7 to 1.4 ms with 5 to 2 workers: of 0.3 of an SLA, the least that is shared, a little.
+# CPU of the loop a shard, roughly: no calibration measures it. A shard comes back in slices, so longer ones cost more.
+# Met once on two busy cores (2026-11, paced rows, 2 to 5 workers): what a shared request took the loop beyond a whole
+# one, over its shards, was 0.7 to 1.5 ms where a shard took 0.16 to 0.4 of the SLA, 1.3 to 4.4 ms at twice the rows.
 FAN_OUT_S = 1e-3
 LOOP, THREADS, WORKERS, CLIENT = range(4)
 MOST_REQUESTS = 40_000  # of a simulation
