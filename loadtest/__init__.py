@@ -1,5 +1,6 @@
 """Load and faults, from outside: everything here speaks HTTP to a service that runs as a process of its own.
 
+    arrivals.py     when requests are due
     open_loop.py    requests at the instants they are due, whatever the answers do
     observed.py     what came back, in columns; latencies in a histogram
     search.py       the highest rate that holds, and a ramp to the peak

@@ -7,9 +7,9 @@ coverage of .99 over it. The way through the rates is search.py's.
 from collections.abc import Callable
 
 from loadtest import launch, search
+from loadtest.arrivals import poisson
 from loadtest.launch import Server
 from loadtest.observed import Floats, Observed
-from loadtest.open_loop import poisson
 
 EASY_S = 0.05  # p99 at the capacity
 LEAST_COVERAGE, LEAST_ANSWERED = 0.99, 0.999

@@ -34,24 +34,6 @@ JSON = {"content-type": "application/json"}
 SETTLE_S = 0.2  # between the generator being ready and the first instant
 
 
-def poisson(rate: float, seconds: float, seed: int = 0) -> Floats:
-    """Instants of a Poisson process of `rate` a second, f64[n] in [0, seconds), rising."""
-    rng = np.random.default_rng(seed)
-    gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * np.sqrt(rate * seconds) + 10))
-    due = np.cumsum(gaps)
-    return due[due < seconds]
-
-
-def constant(rate: float, seconds: float) -> Floats:
-    """Instants 1 / rate apart, from 0."""
-    return np.arange(int(rate * seconds)) / rate
-
-
-def steps(rates: Sequence[float], step_s: float, seed: int = 0) -> Floats:
-    """Poisson arrivals whose rate changes every `step_s`."""
-    return np.concatenate([poisson(r, step_s, seed + i) + i * step_s for i, r in enumerate(rates)])
-
-
 @dataclass(frozen=True, slots=True)
 class Attack:
     """What to send: request i is bodies[i % len(bodies)], due at due_s[i] seconds after the start."""

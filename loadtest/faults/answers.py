@@ -13,11 +13,11 @@ from http import HTTPStatus
 import numpy as np
 
 from loadtest.agreement import Reference, differs, loss
+from loadtest.arrivals import constant, poisson
 from loadtest.capacity import settle
 from loadtest.faults.lab import SLA_S, UNHURRIED_MS, Lab, failed, row, sleep_until
 from loadtest.launch import Server
 from loadtest.observed import Observed
-from loadtest.open_loop import constant, poisson
 from loadtest.table import Figure, Row, summary
 
 FIFTHS = 5  # of coverage

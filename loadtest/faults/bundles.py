@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.agreement import Reference, differs, differs_where_fresh
+from loadtest.arrivals import poisson
 from loadtest.faults.lab import Lab, failed, row, sleep_until
 from loadtest.launch import Server
 from loadtest.observed import Observed
-from loadtest.open_loop import poisson
 from loadtest.table import Figure, Row
 
 SWAP_EVERY_S, SWAPPING_S = 10.0, 120.0

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from loadtest.arrivals import poisson
 from loadtest.faults.lab import Lab, failed, p99, row, sleep_until
 from loadtest.launch import wait_for
 from loadtest.observed import UNREACHABLE
-from loadtest.open_loop import poisson
 from loadtest.table import Figure, Row
 
 SECONDS = 30.0

@@ -12,10 +12,10 @@ import numpy as np
 
 from loadtest import launch
 from loadtest.agreement import Floats, by_request, ndcg, paired_step
+from loadtest.arrivals import poisson
 from loadtest.faults.lab import Lab, failed, row
 from loadtest.launch import Server
 from loadtest.observed import Observed, joined
-from loadtest.open_loop import poisson
 from loadtest.table import Figure, Row
 
 TIMEOUTS_MS = (10, 20, 50, 100)

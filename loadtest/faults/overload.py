@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from loadtest import search
+from loadtest.arrivals import constant, poisson
 from loadtest.capacity import settle
 from loadtest.faults.lab import SLA_S, Lab, failed, p99, row, sleep_until
 from loadtest.observed import Observed
-from loadtest.open_loop import constant, poisson
 from loadtest.table import Figure, Row
 
 OVERLOAD, OVERLOAD_S = 3.0, 20.0

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from loadtest.arrivals import poisson
 from loadtest.capacity import RECOVERY_S
 from loadtest.faults.lab import Lab, coverage, failed, p99, row, sleep_until
 from loadtest.launch import ROOT, Server, stop, wait_for
-from loadtest.open_loop import poisson
 from loadtest.table import Figure, Row
 
 HARM_AT_S = 5.0

@@ -23,11 +23,12 @@ import numpy as np
 
 from loadtest import capacity, launch
 from loadtest.agreement import differs
+from loadtest.arrivals import constant, poisson
 from loadtest.launch import Server
 from loadtest.limits import cpu
 from loadtest.limits.bare_loop import BareLoop, Timing, bare_loop
 from loadtest.observed import Floats
-from loadtest.open_loop import Attack, Generator, constant, poisson
+from loadtest.open_loop import Attack, Generator
 
 POOL = 1_000  # requests
 UNLOADED_RATE = 20.0  # a second

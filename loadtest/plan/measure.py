@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from loadtest import launch
+from loadtest.arrivals import poisson
 from loadtest.launch import Server
 from loadtest.observed import Observed, joined
-from loadtest.open_loop import Attack, attack, poisson
+from loadtest.open_loop import Attack, attack
 from loadtest.plan import fit
 from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
 from loadtest.plan.demand import COLUMNS, Single, demand_of

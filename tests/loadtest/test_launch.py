@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from loadtest import launch
-from loadtest.open_loop import Attack, attack, constant
+from loadtest.arrivals import constant
+from loadtest.open_loop import Attack, attack
 
 
 def test_a_service_is_started_asked_loaded_and_stopped(bundle):

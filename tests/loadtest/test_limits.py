@@ -12,11 +12,11 @@ import pytest
 
 from loadtest import __main__, bench_speed, capacity
 from loadtest.agreement import Reference
+from loadtest.arrivals import constant
 from loadtest.limits import command, cpu, measure
 from loadtest.limits.bare_loop import Timing, bare_loop
 from loadtest.limits.kernels import PARTS
 from loadtest.limits.measure import Limits, Load, in_turn, over_neighbours
-from loadtest.open_loop import constant
 
 
 def test_limits_measures_a_real_service_and_ends_with_a_line_of_json(bundle, capsys, monkeypatch):

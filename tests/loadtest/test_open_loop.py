@@ -1,4 +1,4 @@
-"""The generator: latency from the intended instant, Poisson arrivals, what a failure is called."""
+"""The generator: latency from the intended instant, what a failure is called, what it keeps of an answer."""
 
 import asyncio
 import json
@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from loadtest.arrivals import constant
 from loadtest.observed import BROKEN, SILENT, UNREACHABLE, joined, parse, percentile_s
-from loadtest.open_loop import Attack, Generator, constant, fly, poisson, steps
+from loadtest.open_loop import Attack, Generator, fly
 from tests.loadtest.servers import ok, serving
 from tests.running import free_port
 
@@ -114,31 +115,6 @@ async def test_a_generator_runs_in_a_process_of_its_own():
 async def test_a_generator_that_fails_says_why():
     with pytest.raises(RuntimeError, match="the generator failed: ZeroDivision"):
         await asyncio.to_thread(lambda: Generator(Attack(1, [], constant(100, 0.1))).result())
-
-
-def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process():
-    due = poisson(200, 50, seed=1)
-    gaps, n = np.diff(due), 200 * 50
-    assert abs(len(due) - n) < 4 * np.sqrt(n)
-    assert due[0] >= 0 and due[-1] < 50 and (gaps >= 0).all()
-    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # exponential: both are 1 / rate
-
-
-def test_a_seed_names_its_instants():
-    assert poisson(10, 5, seed=3).tolist() == poisson(10, 5, seed=3).tolist()
-    assert poisson(10, 5, seed=3).tolist() != poisson(10, 5, seed=4).tolist()
-
-
-def test_constant_arrivals_are_evenly_apart():
-    assert constant(4, 1).tolist() == [0, 0.25, 0.5, 0.75]
-
-
-def test_steps_change_the_rate():
-    due = steps((100, 400), 10)
-    first, second = (due < 10).sum(), (due >= 10).sum()
-    assert (np.diff(due) >= 0).all()
-    assert abs(first - 1_000) < 4 * np.sqrt(1_000)
-    assert abs(second - 4_000) < 4 * np.sqrt(4_000)
 
 
 def test_percentiles_are_kept_to_three_digits():

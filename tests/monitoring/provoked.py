@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.arrivals import poisson
 from loadtest.faults.bundles import WAYS, linked_copy
 from loadtest.launch import Server, service, wait_for
-from loadtest.open_loop import Attack, Generator, attack, poisson
+from loadtest.open_loop import Attack, Generator, attack
 from models.pack import pack
 from tests import world
 
