@@ -3,6 +3,7 @@
 It knows the form of an answer and keeps what rows compare. What an answer is worth is agreement.py's.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,11 +13,15 @@ import orjson
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 
+from loadtest.spool import Spool
+
 Floats = NDArray[np.float64]
+LONGEST_PROBLEM = 300  # characters that are kept
 US, LONGEST_US = 1e6, 120_000_000  # histograms count microseconds, to three digits
 
-# Why there was no answer: nothing listened; the connection broke after it was made; patience ended.
-UNREACHABLE, BROKEN, SILENT = "unreachable", "broken", "silent"
+# Why there was no answer: nothing listened; the connection broke after it was made; patience ended; it was no JSON.
+UNREACHABLE, BROKEN, SILENT, GARBLED = "unreachable", "broken", "silent", "garbled"
+STAGES = ("users", "retrieval", "preranking", "reranking", "selection", "total")  # what an answer's took_ms names
 
 
 @dataclass(slots=True)
@@ -25,9 +30,11 @@ class Observed:
 
     due_s, sent_late_s, latency_s: seconds; latency from the instant it was due, also of failures.
     status: 0 where there was no answer, and then `error` says why. retry_after: whole seconds, -1 without.
-    body: which of the bodies. cause: "stage reason" of the first degradation, "" for none.
-    wanted, reranked: widths. expected_loss: NaN where the answer has none. ids, scores, is_fresh: the items, best
-    first; is_fresh where the re-ranker scored. started_at: time.monotonic() of instant 0, any process's.
+    body: which of the bodies. cause: "stage reason" of the first degradation, "" for none; causes: of all of them.
+    problem: what an error's body says, "" if nothing. wanted, reranked: widths. expected_loss: NaN where the answer has
+    none. took_s: f64[n, STAGES], NaN where the answer doesn't say. ids, scores, is_fresh: the items, best first;
+    is_fresh where the re-ranker scored. started_at: time.monotonic() of instant 0, any process's. most_open: requests
+    in flight at once.
     """
 
     due_s: Floats
@@ -40,10 +47,14 @@ class Observed:
     started_at: float = 0.0
     cpu_s: float = 0.0
     wall_s: float = 0.0
+    most_open: int = 0
     wanted: Floats = field(default_factory=lambda: np.empty(0))
     reranked: Floats = field(default_factory=lambda: np.empty(0))
     expected_loss: Floats = field(default_factory=lambda: np.empty(0))
+    took_s: Floats = field(default_factory=lambda: np.empty((0, len(STAGES))))
     cause: list[str] = field(default_factory=list)
+    causes: list[tuple[str, ...]] = field(default_factory=list)
+    problem: list[str] = field(default_factory=list)
     generation: list[str] = field(default_factory=list)
     ids: list[list[int | str]] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
@@ -103,18 +114,43 @@ def percentile_s(latency_s: Floats, p: float) -> float:
     return histogram(latency_s).get_value_at_percentile(p) / US if len(latency_s) else float("nan")
 
 
-def parse(seen: Observed, raw: list[bytes]) -> None:
-    """Fill the columns that are in the bodies of the answers."""
+def parse(seen: Observed, raw: Sequence[bytes] | Spool, *, keeps_items: bool = True) -> None:
+    """Fill the columns that are in the bodies of the answers; without `keeps_items` the items stay away."""
     n, nothing = len(raw), orjson.loads(b"{}")
     seen.wanted, seen.reranked, seen.expected_loss = np.zeros(n), np.zeros(n), np.full(n, np.nan)
-    for i, body in enumerate(raw):
-        answer = orjson.loads(body) if seen.status[i] == 200 else nothing
-        items, degraded = answer.get("items", ()), answer.get("degraded")
-        seen.cause.append(f"{degraded[0]['stage']} {degraded[0]['reason']}" if degraded else "")
-        seen.generation.append(answer.get("generation", ""))
-        seen.ids.append([item["id"] for item in items])
-        seen.scores.append(np.array([item["score"] for item in items], np.float32))
-        seen.is_fresh.append(np.array([item["stage"] == "reranking" for item in items], np.bool_))
+    seen.took_s = np.full((n, len(STAGES)), np.nan)
+    for i in range(n):
+        said = _object(raw[i])
+        if seen.status[i] == 200 and said is None:
+            seen.status[i], seen.error[i] = 0, GARBLED
+        answer = nothing if seen.status[i] != 200 or said is None else said
+        seen.problem.append("" if seen.status[i] == 200 or said is None else _why(said))
+        causes = [sys.intern(f"{d['stage']} {d['reason']}") for d in answer.get("degraded", ())]
+        seen.cause.append(causes[0] if causes else "")
+        seen.causes.append(tuple(causes))
+        seen.generation.append(sys.intern(answer.get("generation", "")))
         coverage, loss = answer.get("coverage", nothing), answer.get("expected_ndcg_loss")
         seen.wanted[i], seen.reranked[i] = coverage.get("wanted", 0), coverage.get("reranked", 0)
         seen.expected_loss[i] = np.nan if loss is None else loss
+        took_ms = answer.get("took_ms", nothing)
+        seen.took_s[i] = [took_ms.get(stage, np.nan) / 1e3 for stage in STAGES]
+        if keeps_items:
+            items = answer.get("items", ())
+            seen.ids.append([item["id"] for item in items])
+            seen.scores.append(np.array([item["score"] for item in items], np.float32))
+            seen.is_fresh.append(np.array([item["stage"] == "reranking" for item in items], np.bool_))
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _why(problem: dict[str, Any]) -> str:
+    """What an RFC 9457 problem says: its first field, or its detail."""
+    fields = problem.get("errors") or ()
+    said = " ".join(str(fields[0].get(part, "")) for part in ("field", "value", "allowed")) if fields else ""
+    return sys.intern((said or str(problem.get("detail") or ""))[:LONGEST_PROBLEM])

@@ -3,10 +3,11 @@
 Latency counts from the *intended* instant. A generator that waits for answers, or that counts from the
 instant it got round to sending, hides the stalls it ought to show (coordinated omission). It runs in a process of its
 own, so that nobody else's work delays its loop, and reports how late it sent and what CPU it used: a run whose
-generator was late or busy says nothing about the server.
+generator was late or busy says nothing about the server. What it has done so far is in its tally, which costs it a
+microsecond a request.
 
 It is bounded in requests (the instants are drawn beforehand), in time (`patience_s` after the last) and in
-connections. What came back is observed.py's and parsed after the run; what is
+connections. When requests are due is arrivals.py's; what came back is observed.py's and parsed after the run; what is
 injected meanwhile is faults/.
 """
 
@@ -18,8 +19,8 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +30,8 @@ import uvloop
 from yarl import URL
 
 from loadtest.observed import BROKEN, SILENT, UNREACHABLE, Floats, Observed, parse
+from loadtest.spool import Spool
+from loadtest.tally import Tally
 
 JSON = {"content-type": "application/json"}
 SETTLE_S = 0.2  # between the generator being ready and the first instant
@@ -36,7 +39,11 @@ SETTLE_S = 0.2  # between the generator being ready and the first instant
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What to send: request i is bodies[i % len(bodies)], due at due_s[i] seconds after the start."""
+    """What to send: request i is bodies[i % len(bodies)], due at due_s[i] seconds after the start.
+
+    keeps_items: without, answers are kept in a file until they are parsed, and their items aren't kept at all: for
+    runs of any length.
+    """
 
     port: int
     bodies: Sequence[bytes]
@@ -45,22 +52,33 @@ class Attack:
     patience_s: float = 15.0
     most_open: int = 4096
     keeps_alive: bool = True
+    host: str = "127.0.0.1"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    keeps_items: bool = True
 
 
 # --------------------------------------------------------------------------------- in a process of its own
 
 
 class Generator:
-    """A generator at work in its own process. `started_at` is its instant 0 on time.monotonic()."""
+    """A generator at work in its own process. `started_at` is its instant 0 on time.monotonic().
+
+    tally: what it has done so far.
+    """
 
     def __init__(self, attack: Attack) -> None:
         context = multiprocessing.get_context("spawn")
         self._answers, theirs = context.Pipe(duplex=False)
         self._longest_s = float(attack.due_s[-1]) + attack.patience_s + 60  # parsing, starting
-        self._process = context.Process(target=_generate, args=(theirs, attack), daemon=True)
+        self.tally = Tally.shared()
+        self._process = context.Process(target=_generate, args=(theirs, attack, self.tally.cells), daemon=True)
         self._process.start()
         theirs.close()
         self.started_at: float = self._receive(30)
+
+    def has_ended(self, within_s: float) -> bool:
+        """Waits so long for its end."""
+        return self._answers.poll(within_s)
 
     def result(self) -> Observed:
         """Waits for the end. Raises RuntimeError if the generator failed or overran its bound."""
@@ -91,7 +109,7 @@ def attack(what: Attack) -> Observed:
     return Generator(what).result()
 
 
-def _generate(answers: Connection, what: Attack) -> None:
+def _generate(answers: Connection, what: Attack, cells: Any) -> None:
     try:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -99,8 +117,10 @@ def _generate(answers: Connection, what: Attack) -> None:
         gc.freeze()
         gc.disable()  # a collection would be a stall of ours in the server's latency; the run is bounded
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            observed, raw = runner.run(fly(what, answers.send))
-        parse(observed, raw)
+            observed, raw = runner.run(fly(what, answers.send, Tally(cells)))
+        parse(observed, raw, keeps_items=what.keeps_items)
+        if isinstance(raw, Spool):
+            raw.close()
         answers.send(observed)
     except Exception as e:
         answers.send(f"{type(e).__name__}: {e}")
@@ -142,9 +162,11 @@ class Alarm:
         call()
 
 
-async def fly(what: Attack, on_start: Any = lambda _: None) -> tuple[Observed, list[bytes]]:
+async def fly(
+    what: Attack, on_start: Any = lambda _: None, tally: Tally | None = None
+) -> tuple[Observed, list[bytes] | Spool]:
     """Send everything when it is due; what came back, unparsed. `on_start` gets instant 0."""
-    n = len(what.due_s)
+    n, tally = len(what.due_s), tally or Tally()
     seen = Observed(
         due_s=what.due_s,
         sent_late_s=np.zeros(n),
@@ -154,13 +176,14 @@ async def fly(what: Attack, on_start: Any = lambda _: None) -> tuple[Observed, l
         body=np.arange(n) % len(what.bodies),
         error=[""] * n,
     )
-    raw, due, url = [b""] * n, what.due_s.tolist(), URL(f"http://127.0.0.1:{what.port}{what.path}")
+    raw: list[bytes] | Spool = [b""] * n if what.keeps_items else Spool(n)
+    due, url = what.due_s.tolist(), URL(f"http://{what.host}:{what.port}{what.path}")
     connector = aiohttp.TCPConnector(limit=what.most_open, force_close=not what.keeps_alive)
     patience = aiohttp.ClientTimeout(total=what.patience_s)
     client = aiohttp.ClientSession(
         connector=connector,
         timeout=patience,
-        headers=JSON,
+        headers=JSON | dict(what.headers),
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
     )
@@ -173,6 +196,7 @@ async def fly(what: Attack, on_start: Any = lambda _: None) -> tuple[Observed, l
         async def send(i: int) -> None:
             intended = start + due[i]
             seen.sent_late_s[i] = time.monotonic() - intended
+            tally.sent()
             try:
                 async with session.post(url, data=what.bodies[i % len(what.bodies)]) as answer:
                     raw[i] = await answer.read()
@@ -186,11 +210,13 @@ async def fly(what: Attack, on_start: Any = lambda _: None) -> tuple[Observed, l
             except (aiohttp.ClientError, OSError):
                 seen.error[i] = BROKEN
             seen.latency_s[i] = time.monotonic() - intended
+            tally.ended(float(seen.latency_s[i]), seen.status[i] == 200)
 
         on_start(start)
         began, used = time.monotonic(), time.process_time()
         await _on_time(send, [start + d for d in due])
         seen.started_at, seen.cpu_s, seen.wall_s = start, time.process_time() - used, time.monotonic() - began
+    seen.most_open = tally.most_open
     return seen, raw
 
 
