@@ -1,4 +1,8 @@
-"""python -m loadtest faults       break the running service in every way we know, and print what came of it
+"""python -m loadtest attack       open-loop load on a service, kept as JSON and as a page to look at
+python -m loadtest compare      two such runs together
+python -m loadtest report       the page of one, drawn again
+python -m loadtest search       the highest rate that a service holds
+python -m loadtest faults       break the running service in every way we know, and print what came of it
 python -m loadtest limits       the raw kernels in a bare loop, and what the service costs over them
 python -m loadtest plan         how many workers, machines and money a load takes
 python -m loadtest capacity     what `plan` predicts against what the service does
@@ -14,6 +18,10 @@ from importlib import import_module
 
 # command → its module, which has add_arguments(parser) and run(parser, parsed) → exit code; what its help says
 COMMANDS = {
+    "attack": ("loadtest.lab.attack", "open-loop load, a report"),
+    "compare": ("loadtest.lab.compare", "two runs together"),
+    "report": ("loadtest.lab.redraw", "the page of a kept run"),
+    "search": ("loadtest.lab.search", "the highest rate that a service holds"),
     "faults": ("loadtest.faults.command", "the fault table"),
     "limits": ("loadtest.limits.command", "the service over the raw kernels: the performance figure"),
     "plan": ("loadtest.plan.command", "workers, machines, memory, money for a load"),
