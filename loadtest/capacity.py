@@ -73,8 +73,10 @@ def find(
         before()
         seen = attack(poisson(rate, seconds))
         p99_s = seen.percentile_s(99)
-        say(f"  {rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms, coverage {covered(seen):.3f}")
-        return bars.are_met(seen)
+        is_held, narrow = bars.are_met(seen), f", {narrowed(seen):.3f} narrowed by load" if bars.narrowed < 1 else ""
+        holding = "held" if is_held else "not held"
+        say(f"  {rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms, coverage {covered(seen):.3f}{narrow}: {holding}")
+        return is_held
 
     rate = search.highest_rate(holds, start, within=within)
     if not rate:

@@ -28,7 +28,7 @@ background:var(--edge);border:1px solid var(--edge);border-radius:10px;overflow:
 .tile b{display:block;font-size:24px;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums;
 white-space:nowrap}.tile b small{font-size:14px;font-weight:500}
 .tile.bad b{color:var(--bad)}.tile span{font-size:13px;color:var(--soft)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:18px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:18px;align-items:start}
 section{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:16px 18px 12px;min-width:0}
 section>p.soft{font-size:13px;margin:2px 0 10px}.wide{margin-top:18px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;color:var(--soft);margin-top:8px}

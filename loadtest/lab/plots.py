@@ -5,7 +5,7 @@
     rates         requests due, sent and answered a second
     waterfall     the stages one after the other
     coverage      how much of the wanted width was re-ranked
-    degradations  shares of the answers by cause; errors: failures a second by cause
+    degradations  causes an answer; errors: failures a second, by cause
 
 Of two runs the first is blue and the second orange. Words and tables around them are page.py's.
 """
@@ -163,8 +163,8 @@ def coverage(runs: Sequence[Run]) -> str:
 
 
 def degradations(runs: Sequence[Run]) -> str:
-    """Shares of the answers in a bin: they can add up to more than 1, since an answer can be degraded twice."""
-    return _causes(runs, "share of the answers", lambda run: (run.series.degraded, run.series.buckets().sum(axis=1)))
+    """Over the answers of a bin: over 1 where answers are degraded by several causes."""
+    return _causes(runs, "degradations an answer", lambda run: (run.series.degraded, run.series.buckets().sum(axis=1)))
 
 
 def errors(runs: Sequence[Run]) -> str:
