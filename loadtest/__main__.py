@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         runs[name] = command, loaded.run
     parsed = parser.parse_args(arguments)
     command, run = runs[parsed.command]
-    return int(run(command, parsed))
+    try:
+        return int(run(command, parsed))
+    except KeyboardInterrupt:
+        return 130  # as a shell says it
 
 
 if __name__ == "__main__":

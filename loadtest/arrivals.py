@@ -19,6 +19,7 @@ import numpy as np
 
 from loadtest.observed import Floats
 
+MOST_ARRIVALS = 2_000_000  # of a trace
 MOST_LINE = 1 << 20  # bytes of a line of a trace: what the service takes as a body
 
 
@@ -58,7 +59,7 @@ def burst(rate: float, seconds: float, *, factor: float, length_s: float, every_
     return offered[kept | (offered % every_s < length_s)]
 
 
-def read_trace(file: Path, *, speed: float = 1.0) -> tuple[Floats, list[bytes]]:
+def read_trace(file: Path, *, speed: float = 1.0, most: int = MOST_ARRIVALS) -> tuple[Floats, list[bytes]]:
     """Instants from 0 and the bodies, which are none or one a line.
 
     A line is a number of seconds, or an object {"at_s": seconds, "body": {…}} where the body may be absent from all.
@@ -77,6 +78,8 @@ def read_trace(file: Path, *, speed: float = 1.0) -> tuple[Floats, list[bytes]]:
                 raise ValueError(f"{file}, line {number}: {at:.15g} s after {instants[-1]:.15g} s: they may not fall")
             if instants and (body is None) == bool(bodies):
                 raise ValueError(f"{file}, line {number}: a body in every line or in none")
+            if len(instants) == most:
+                raise ValueError(f"{file}: over {most:,} arrivals, as many as are allowed")
             instants.append(at)
             bodies += [] if body is None else [json.dumps(body).encode()]
     if not instants:

@@ -18,6 +18,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,7 @@ def attack(what: Attack) -> Observed:
 
 
 def _generate(answers: Connection, what: Attack, cells: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started us, who ends us
     try:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from loadtest.arrivals import MOST_ARRIVALS
 from loadtest.lab import bodies
 from loadtest.lab.target import Target, host_and_port, read_key, started
 from loadtest.observed import Floats
 
-MOST_REQUESTS = 2_000_000  # of a run, whatever is asked: some 500 bytes of memory each
+MOST_REQUESTS = MOST_ARRIVALS  # of a run, whatever is asked: some 500 bytes of memory each
 
 
 def number(

@@ -84,3 +84,11 @@ def test_what_is_wrong_with_a_trace_is_said_with_its_line(tmp_path, text, why):
     file.write_text(text)
     with pytest.raises(ValueError, match=why):
         read_trace(file)
+
+
+def test_a_trace_is_bounded(tmp_path):
+    file = tmp_path / "trace"
+    file.write_text("1\n2\n3\n")
+    assert len(read_trace(file, most=3)[0]) == 3
+    with pytest.raises(ValueError, match="over 2 arrivals"):
+        read_trace(file, most=2)

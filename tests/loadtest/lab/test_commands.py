@@ -1,6 +1,7 @@
 """The commands from end to end: a stall that a closed loop doesn't see, a real service, what can't be used."""
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -141,6 +142,31 @@ async def test_a_trace_brings_its_own_bodies_and_pace(tmp_path):
     run = runs.read(tmp_path / "out" / "run.json")
     assert run.figures.requests == 10 == len(asked) - 1
     assert asked[-1] - asked[1] > 0.2  # 0.3 s of them, and the first may have been late
+
+
+async def test_every_request_has_the_key_and_the_path(bodies, tmp_path, monkeypatch):
+    heads = []
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(re.search(rb"content-length: (\d+)|$", head)[1] or 0))
+                heads.append(head)
+                writer.write(ok())
+        writer.close()
+
+    (tmp_path / "key").write_text("s3cret\n")
+    monkeypatch.setenv("WINNOW_API_KEY", "another")
+    async with await asyncio.start_server(one, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/behind/v1/rank"
+        arguments = ["--url", url, "--bodies", bodies, *WHEN, "--out", str(tmp_path)]
+        await asyncio.to_thread(__main__.main, ["attack", *arguments, "--key-file", str(tmp_path / "key")])
+    posts = [head for head in heads if head.startswith(b"post")]
+    assert len(posts) >= 2
+    assert all(head.startswith(b"post /behind/v1/rank ") for head in posts)
+    assert all(b"authorization: bearer s3cret\r\n" in head for head in posts)
+    assert "s3cret" not in (tmp_path / "run.json").read_text() + (tmp_path / "report.html").read_text()
 
 
 # ----------------------------------------------------------------------------------------- kept runs
