@@ -43,7 +43,8 @@ from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
 
-LATE_SHARE = 0.3  # of the time left when the first half is late: to look up who asks, before going on without
+# To look up who asks when the first half is late, before going on without: of the time left, and at least so much.
+LATE_SHARE, LATE_S = 0.3, 1e-3
 
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
@@ -140,7 +141,8 @@ class Funnel:
             async with asyncio.timeout(until - time.monotonic()):
                 return await asyncio.to_thread(outcome_of, narrow)
         with suppress(TimeoutError):  # who asks may still be found out
-            async with asyncio.timeout(LATE_SHARE * deadline.limit(1.0, time.monotonic(), self.reserve_s)):
+            left_s = deadline.limit(1.0, time.monotonic(), self.reserve_s)
+            async with asyncio.timeout(max(LATE_S, LATE_SHARE * left_s)):
                 return await asyncio.to_thread(outcome_of, partial(narrow, is_late=True))
         nameless = partial(self.narrow, lambda is_late: resolve(is_late=True), deadline, quality, is_late=True)
         return await asyncio.to_thread(outcome_of, nameless)  # up to 10 ms for the largest request
