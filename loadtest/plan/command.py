@@ -1,6 +1,7 @@
 """The command line of `python -m loadtest plan`: calibrate, ask, vary one parameter and draw it."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def _by_hand(parsed: argparse.Namespace) -> int:
             return {
                 "shards": n,
                 "a lone request ms": one.alone_s(n) * 1e3,
-                "workers": workers,
+                "workers": workers or math.nan,  # none is enough
                 "p50 ms": p50.likely * 1e3,
                 "p99 ms": p99.likely * 1e3,
             }
@@ -240,7 +241,7 @@ def _what_if(
     rows = [columns(vary(name, value)) for value in x]
     heads = list({name: None} | dict.fromkeys(rows[0]))
     cells = [{name: at} | row for at, row in zip(x, rows, strict=True)]
-    table = [heads, *([f"{row[head]:,.4g}" for head in heads] for row in cells)]
+    table = [heads, *([_told(row[head]) for head in heads] for row in cells)]
     spaces = [max(len(line[i]) for line in table) for i in range(len(heads))]
     text = "\n".join("  ".join(cell.rjust(space) for cell, space in zip(line, spaces, strict=True)) for line in table)
     print(text)
@@ -278,3 +279,7 @@ def whole(text: str) -> int:
 
 def whole_list(text: str) -> list[int]:
     return [whole(one) for one in text.split(",")]
+
+
+def _told(value: float) -> str:
+    return f"{value:,.4g}" if math.isfinite(value) else "none"
