@@ -137,9 +137,10 @@ class Funnel:
     async def _narrowed(self, resolve: Resolve, deadline: Deadline, quality: float, until: float) -> Narrowed:
         """The first half by a thread; where its time is over without a search, and then without the person."""
         narrow = partial(self.narrow, resolve, deadline, quality)
-        with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
-            async with asyncio.timeout(until - time.monotonic()):
-                return await asyncio.to_thread(outcome_of, narrow)
+        if (search_s := until - time.monotonic()) > 0:
+            with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
+                async with asyncio.timeout(search_s):
+                    return await asyncio.to_thread(outcome_of, narrow)
         with suppress(TimeoutError):  # who asks may still be found out
             left_s = deadline.limit(1.0, time.monotonic(), self.reserve_s)
             async with asyncio.timeout(max(LATE_S, LATE_SHARE * left_s)):

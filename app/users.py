@@ -1,8 +1,8 @@
 """What is known of the person a request is for: `resolve`.
 
-The request comes first, then the bundle's user table by external id, then the schema's defaults. It runs in a thread
-and has the time that retrieval and pre-ranking have (funnel.py); when it is late the person is who the request says,
-and the answer says so. A person nothing is known of is no error: an empty history and defaults.
+The request comes first, then the bundle's user table by external id, then the schema's defaults. It runs where the
+search runs, and has the time that retrieval and pre-ranking have (funnel.py); when it is late the person is who the
+request says, and the answer says so. A person nothing is known of is no error: an empty history and defaults.
 """
 
 import re

@@ -1,7 +1,8 @@
 """When a late shard may be scored a second time: a budget of extra work. A pure rule.
 
 Every row that is scored the first time earns `share` of a row; a hedge spends the rows that it sends again. What is
-earned can't be hoarded past `most`, so that a bad minute after a good day stays within the share as well.
+earned can't be hoarded past `MOST`, or two jobs of this size, so that a bad minute after a good day stays within the
+share as well.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class HedgeBudget:
 
     def earn(self, n_rows: int) -> None:
         """So many rows were handed out for the first time."""
-        self.left = min(MOST, self.left + SHARE * n_rows)
+        self.left = min(max(MOST, 2.0 * n_rows), self.left + SHARE * n_rows)
 
     def spend(self, n_rows: int) -> bool:
         """Whether so many rows may be scored again; if so they are paid for."""

@@ -57,7 +57,7 @@ class Asked(NamedTuple):
     quality: float
 
     def deadline(self, now: float) -> Deadline:
-        """On this process's clock, and so much earlier that the answer is back before nobody waits for it."""
+        """On this process's clock, earlier by the way back of the answer."""
         return Deadline(now + self.left_s - self.timeout_s, self.timeout_s - min(WAY_BACK_S, 0.1 * self.timeout_s))
 
 

@@ -28,9 +28,9 @@ from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
 from app.errors import ContractError, InvalidRequest, ServerError, StageFailed
-from app.flow import Outcome, Ranked, Sent
+from app.flow import Outcome, Ranked, Sent, Stage
 from app.metrics import Metrics
-from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
+from app.workers.messages import WAY_BACK_S, Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import FORKS
 from app.workers.scoring import Deliver, Shard, Slice
 from app.workers.worker import Given, work
@@ -182,11 +182,30 @@ class WorkerPool:
             left_s = deadline.started_at + deadline.timeout_s - time.monotonic()
             return Asked(sent, left_s, deadline.timeout_s, quality)
 
-        ranked: Ranked = await self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
-        for cost, report in zip((*self.given.costs, self.cost), ranked.ranking.reports, strict=False):
-            if ranked.query.candidates is None and report.outcome in (Outcome.OK, Outcome.PARTIAL):
-                cost.observe(report.done, report.seconds)
+        answer = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
+        hurry = asyncio.get_running_loop().call_later(
+            deadline.limit(1.0, time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s),
+            self._hurry,
+            answer,
+        )
+        try:
+            ranked: Ranked = await answer
+        finally:
+            hurry.cancel()
+        for cost, report, way_s in zip(
+            (*self.given.costs, self.cost), ranked.ranking.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False
+        ):
+            # A filter that leaves few makes the search find fewer than it looked for.
+            is_whole = report.done >= report.wanted or report.outcome is Outcome.PARTIAL
+            if ranked.query.candidates is None and is_whole:
+                cost.observe(report.done, report.seconds + way_s)
         return ranked
+
+    def _hurry(self, answer: "asyncio.Future[Any]") -> None:
+        """Whoever works on this request is told to send what there is."""
+        for worker in self.workers:
+            if worker.job and worker.job.answer is answer:
+                self._ask(worker, Kind.STOP, SEARCHING)
 
     def _take(
         self, kind: Kind, n: int, until: float, says: Callable[[int], object], deliver: Deliver
@@ -202,7 +221,7 @@ class WorkerPool:
         return job.answer
 
     def _is_overdue(self, job: _Job) -> None:
-        if not job.sent:
+        if job in self.queue:
             self._fail(job, StageFailed("nobody has begun"), "expired")
 
     async def close(self) -> None:
@@ -210,7 +229,8 @@ class WorkerPool:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        self._fail_queue("the pool was closed")
+        while self.queue:
+            self._fail(self.queue.popleft(), StageFailed("the pool was closed"))
 
     # ----------------------------------------------------------------------------- one job's life
 
@@ -265,17 +285,14 @@ class WorkerPool:
         took_s = time.monotonic() - worker.since
         worker.row_s += RECENT * (took_s / job.n - worker.row_s)
         if not job.answer.done():
-            self.metrics.shard("ok", took_s)
+            report = said.ranking.report(Stage.RERANKING)
+            self.metrics.shard("failed" if report.outcome is Outcome.FAILED else "ok", report.seconds)
             job.answer.set_result(said)
 
     def _fail(self, job: _Job, why: Exception, outcome: str = "failed") -> None:
         if not job.answer.done():
             self.metrics.shard(outcome, job.seconds)
             job.answer.set_exception(why)
-
-    def _fail_queue(self, why: str) -> None:
-        while self.queue:
-            self._fail(self.queue.popleft(), StageFailed(why))
 
     def _ended(self, job: _Job) -> None:
         """The job is done, failed or given up: whoever still works on it stops."""
@@ -380,8 +397,9 @@ class WorkerPool:
             self.metrics.shard("lost", 0.0)
             self.queue.appendleft(job)
         self._release(worker)
-        if not self.ready and job and job.kind is Kind.RANK:
-            self._fail_queue("no worker is alive")  # these have other ways
+        for waiting in self.queue if not self.ready else ():
+            if waiting.kind is Kind.RANK:  # these have other ways
+                self._fail(waiting, StageFailed("no worker is alive"))
 
     def _ask(self, worker: _Worker, kind: Kind, n_looks: int = SILENT) -> None:
         """A ping, or to stop its run; not again while it owes the answer."""

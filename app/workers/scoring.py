@@ -1,8 +1,8 @@
 """Scoring one shard: the seam between re-ranking and whatever runs the model.
 
 A shard and the time left go in, slices of scores come out, best candidates first. Two engines stand behind it:
-worker processes (pool.py) and the process itself (`InProcess`: packing, evaluation, golden requests). Another
-could take their place.
+worker processes (pool.py), and the process itself (`InProcess`: a worker that takes a request its whole way; packing,
+evaluation, golden requests). Another could take their place.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from app.errors import StageFailed
 from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Array, Arrays, Candidates, Person, Scores
 
-# What a slice should take: a tenth of the time left, but at least so much; the deadline costs that share of the rows.
+# What a slice should take: a tenth of the time left, or 3 ms, but no more than is left.
 SLICE_SHARE, SLICE_S = 0.1, 3e-3
 LEAST_ROWS, MOST_ROWS = 8, 1024  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
@@ -125,20 +125,22 @@ class InProcess:
         """Best candidates first. Raises StageFailed where the shard expires, is stopped or fails."""
         request, n, start = self.model.request_inputs(shard.person), len(shard.candidates), 0
         started = now = time.monotonic()
-        while start < n:
-            stop = start + slice_rows(self.row_s, n - start, shard.until - now)
-            if shard.until <= now or self.run.is_stopped.is_set():
-                raise StageFailed("expired before it was done")
-            part = shard if stop - start == n else shard.part(start, stop)
-            scores = self.model.score(part, request, self.run.options)
-            if self.paced_row_s:
-                self.run.is_stopped.wait(max(0.0, started + stop * self.paced_row_s - time.monotonic()))
-            sliced_at, now = now, time.monotonic()
-            self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
-            yield Slice(now - sliced_at, start, scores, stop == n)
-            start = stop
-        if self.cost:
-            self.cost.observe(n, now - started)
+        try:
+            while start < n:
+                stop = start + slice_rows(self.row_s, n - start, shard.until - now)
+                if shard.until <= now or self.run.is_stopped.is_set():
+                    raise StageFailed("expired before it was done")
+                part = shard if stop - start == n else shard.part(start, stop)
+                scores = self.model.score(part, request, self.run.options)
+                if self.paced_row_s:
+                    self.run.is_stopped.wait(max(0.0, started + stop * self.paced_row_s - time.monotonic()))
+                sliced_at, now = now, time.monotonic()
+                self.row_s = 0.8 * self.row_s + 0.2 * (now - sliced_at) / (stop - start)
+                yield Slice(now - sliced_at, start, scores, stop == n)
+                start = stop
+        finally:
+            if self.cost and start:  # of what was cut short as well: it is the slow ones that are
+                self.cost.observe(start, now - started)
 
     def submit(self, shard: Shard, deliver: Deliver) -> Answer:
         answer: Answer = Future()
@@ -153,5 +155,5 @@ class InProcess:
 
 def slice_rows(row_s: float, n_left: int, left_s: float) -> int:
     """How many of the rows that are left make the next of equal slices, when a row takes row_s."""
-    most = max(SLICE_S, SLICE_SHARE * left_s) / max(row_s, 1e-9)
+    most = min(max(SLICE_S, SLICE_SHARE * left_s), max(left_s, 0.0)) / max(row_s, 1e-9)
     return ceil(n_left / ceil(n_left / max(LEAST_ROWS, min(MOST_ROWS, int(most)))))

@@ -102,12 +102,15 @@ class Worker:
 
     def warm_up(self) -> None:
         """Run what the bundle was proved on, twice: memory maps, the runtime's plans, what a row takes."""
-        took = []
+        took, costs = [], (self.funnel.retrieval.cost, self.funnel.preranking.cost)
+        scales = [cost.log_scale for cost in costs]
         for golden in 2 * self.generation.manifest.golden:
             query, deadline = offline_query(golden.request, self.generation), Deadline(time.monotonic(), UNHURRIED_S)
             narrowed = outcome_of(partial(self.funnel.narrow, lambda is_late, q=query: q, deadline))
             report = outcome_of(partial(self.funnel.finish, narrowed)).ranking.report(Stage.RERANKING)
             took.append(report.seconds / report.done if report.done else UNHURRIED_S)
+        for cost, scale in zip(costs, scales, strict=True):
+            cost.log_scale = scale
         self.scorer.paced_row_s = self.paced_row_s
         self.scorer.row_s = min(took)  # in the others this process made way for another
         self.scorer.cost = Cost(FIXED_S, max(self.scorer.row_s, self.scorer.paced_row_s))
@@ -150,9 +153,9 @@ class Worker:
                 with contextlib.suppress(ConnectionError):
                     self._send(Kind.PONG, asked.job)
             else:
-                self.stopped = asked.job
+                self.stopped, run = asked.job, self.scorer.run  # before the look: the next job's must go on
                 if self.job == asked.job:
-                    self.scorer.run.stop()
+                    run.stop()
         self.scorer.run.stop()
 
     def _send(self, kind: Kind, job: int, said: object = None) -> None:

@@ -249,7 +249,7 @@ class Workers:
     """A scorer whose answers the test decides: scores, an exception to set, or None for never."""
 
     def __init__(self, n_workers, answer) -> None:
-        self.n_workers = self.n_free = n_workers
+        self.n_workers = n_workers
         self.answer, self.n_shards = answer, 0
 
     def fits(self, budget_s):
@@ -425,6 +425,14 @@ async def test_a_deadline_that_has_passed_still_gives_k_items(funnel, ask):
     ranking = await world.rank_by(Deadline(time.monotonic() - 1.0, 0.5), funnel, ask())
     assert len(ranking) == world.K
     assert [d.reason for d in ranking.degradations] == ["late"] * 3
+
+
+async def test_what_has_expired_is_not_searched_for(funnel, ask):
+    searched, search = [], funnel.retrieval.search
+    funnel.retrieval.search = lambda *given: (searched.append(1), search(*given))[1]
+    for _ in range(10):
+        await world.rank_by(Deadline(time.monotonic() - 1.0, 0.5), funnel, ask())
+    assert searched == []
 
 
 async def test_strict_refuses_whatever_was_degraded_and_says_what(funnel, ask):

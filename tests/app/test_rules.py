@@ -220,9 +220,19 @@ def test_extra_work_stays_within_its_share_of_any_long_stretch():
 
 def test_what_is_earned_is_not_hoarded():
     budget = HedgeBudget()
-    budget.earn(10**9)
+    for _ in range(1_000):
+        budget.earn(250)
     assert budget.left == MOST
 
 
 def test_a_shard_is_late_after_twice_its_time_and_two_milliseconds():
     assert late_after(5e-3) == pytest.approx(2 * 5e-3 + 2e-3)
+
+
+def test_a_job_larger_than_the_hoard_can_still_be_hedged_after_twenty_of_them():
+    budget, n = HedgeBudget(), 2 * int(MOST)
+    for _ in range(19):
+        budget.earn(n)
+    assert not budget.spend(n)
+    budget.earn(n)
+    assert budget.spend(n)

@@ -2,11 +2,13 @@
 
 import socket
 import threading
+import time
 
 import numpy as np
 import orjson
 import pytest
 
+from app.control.costs import Cost
 from app.errors import BundleError, StageFailed
 from app.flow import Sent, Stage
 from app.warmup import offline_query, rank_offline
@@ -120,8 +122,9 @@ def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel,
     ("row_s", "n_left", "left_s", "n"),
     [
         (2e-5, 300, 0.03, 150),  # 3 ms, whatever is left: 150 rows
-        (2e-5, 301, 0.0, 101),
-        (1e-4, 300, -1.0, 30),
+        (2e-5, 301, 0.03, 101),
+        (2e-5, 301, 0.001, 43),  # no more than is left: 50 rows
+        (1e-4, 300, -1.0, 8),
         (1e-4, 300, 0.1, 100),  # a tenth of 100 ms: 100 rows
         (1e-3, 300, 0.01, 8),
         (5e-6, 2_000, 1.0, 1_000),  # 100 ms would be 20,000 rows
@@ -200,6 +203,32 @@ def test_what_a_child_has_no_time_for_is_carried(generation):
     assert len(ranking) == world.RERANK
     assert ranking.extra_s == np.inf
     child.end()
+
+
+def test_a_request_that_is_told_to_stop_answers_with_what_there_is(generation):
+    child = Child(generation).start()
+    child.worker.scorer.paced_row_s = 0.05  # the machine became slow after the warm-up: 1.6 s for 32 rows
+    child.worker.scorer.row_s = 0.05
+    begun, score = threading.Event(), child.worker.scorer.model.score
+    child.worker.scorer.model.score = lambda *given: (begun.set(), score(*given))[1]
+    send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=10.0)
+    assert begun.wait(60)
+    child.tell(Kind.STOP)
+    header, (_, ranking) = child.receive()
+    assert header.kind is Kind.RANKED
+    assert 0 < ranking.report(Stage.RERANKING).done < world.RERANK
+    assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RERANKING, "partial")]
+    child.end()
+
+
+async def test_what_a_row_costs_is_learnt_from_runs_that_were_cut_short(generation, funnel):
+    query = offline_query({"user": {"id": "cho"}}, generation)
+    scorer = scoring.InProcess(funnel.reranking.scorer.model, paced_row_s=0.005)
+    scorer.cost, scorer.row_s = Cost(1e-4, 1e-5), 0.005
+    shard = Shard(query.person, funnel.retrieval.search(query, 20), {}, until=time.monotonic() + 0.03)
+    answer = scorer.submit(shard, lambda *_: None)
+    assert isinstance(answer.exception(), StageFailed)
+    assert scorer.cost.log_scale > 0
 
 
 # ------------------------------------------------------------------------------------------ stop, ping

@@ -19,7 +19,7 @@ from app.flow import Degradation, Outcome, Sent, Stage
 from app.funnel import Funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
-from app.workers.messages import FORMAT
+from app.workers.messages import FORMAT, Kind
 from app.workers.messages import read_header as real_header
 from app.workers.pool import WorkerPool
 from app.workers.scoring import Shard
@@ -434,6 +434,33 @@ async def test_a_request_that_is_late_is_hedged_and_the_first_answer_wins(genera
     assert found.rows.tolist() == [21, 22, 23, 24, 25]
     assert pool.sent["hedge"] > 0 == pool.outcomes["lost"]
     await pool.close()
+
+
+async def test_a_request_is_hurried_before_nobody_waits_for_it_any_more(generation):
+    pool, hurried = Watched(generation, 1), []
+    await pool.start()
+    ask = pool._ask
+
+    def noted(worker, kind, *given) -> None:
+        if kind is Kind.STOP and worker.job:
+            hurried.append(worker.job.answer.done())
+        ask(worker, kind, *given)
+
+    pool._ask = noted
+    os.kill(pool.pids()[0], signal.SIGSTOP)
+    await rank(running(pool, generation), {"user": {"id": "cho"}}, 0.4)
+    assert hurried[0] is False
+    await pool.close()
+
+
+async def test_a_search_that_a_filter_leaves_little_of_says_nothing_of_costs(pools, generation):
+    pool = pools[1]
+    before = [cost.log_scale for cost in pool.given.costs]
+    filtered = {"filters": [{"field": "genres", "eq": "horror"}, {"field": "year", "lte": 1992}]}
+    _, ranking = await rank(running(pool, generation), filtered)
+    found = ranking.report(Stage.RETRIEVAL)
+    assert 0 < found.done < found.wanted
+    assert pool.given.costs[0].log_scale == before[0]
 
 
 async def test_a_request_that_no_worker_begins_in_time_is_ranked_all_the_same(generation):
