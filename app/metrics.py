@@ -6,6 +6,7 @@ their timings in their replies.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import prometheus_client
 from prometheus_client import Counter, Gauge
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from app.control.degradation import ALL_REASONS, USER_LATE
@@ -35,6 +36,7 @@ WORKER_STATES = ("alive", "starting", "backing_off")
 WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
 PAGE = 4096
+TICKS = os.sysconf("SC_CLK_TCK")
 SCORES_OBSERVED = 3  # of an answer: its head is what moves when a model goes wrong
 
 # Shares of the SLA at which latency is counted: an edge exactly at it, at half and at twice.
@@ -100,9 +102,15 @@ class Metrics:
         seconds = count("stage_seconds", "Wall time of a stage.", SECONDS, stage=LABELS)
         n = count("stage_candidates", "Candidates by edge.", COUNTS, stage=LABELS, edge=EDGES)
         score = count("score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
-        self.shard_seconds = count("shard_seconds", "Time of a shard in the model.", SECONDS).labels()
-        self.shards = add(Counter, "shards", "Shards by outcome.", outcome=SHARD_OUTCOMES)
-        self.rows = add(Counter, "rows", "Rows sent to workers: first, as hedges, after a death.", work=WORK)
+        self.shard_seconds = count(
+            "shard_seconds", "Time of a shard, or of a request that isn't shared, in the model.", SECONDS
+        ).labels()
+        self.shards = add(
+            Counter, "shards", "Shards, and requests that aren't shared, by outcome.", outcome=SHARD_OUTCOMES
+        )
+        self.rows = add(
+            Counter, "rows", "Rows' worth of work sent to workers: first, as hedges, after a death.", work=WORK
+        )
         self.lost = add(Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS)
         self.lost.labels(USER_LATE.stage.label, USER_LATE.reason)
         self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
@@ -168,10 +176,13 @@ class Metrics:
         """What is cheaper to read when a scrape asks for it than to keep."""
         pool = self.held["serving"].pool if "serving" in self.held else None
         rss = GaugeMetricFamily("winnow_worker_rss_bytes", "Resident memory of a worker.", labels=["worker"])
+        cpu = CounterMetricFamily("winnow_worker_cpu_seconds", "CPU time of a worker.", labels=["worker"])
         for worker, pid in pool.pids().items() if pool else ():
             with suppress(OSError, IndexError):  # it has just ended
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 rss.add_metric([str(worker)], pages * PAGE)
+                user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+                cpu.add_metric([str(worker)], (int(user) + int(system)) / TICKS)
         workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
             workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)
@@ -180,4 +191,4 @@ class Metrics:
         for role, one in self.held.items():
             info.add_metric([role, one.generation.digest[:12]], 1)
             age.add_metric([role], time.monotonic() - one.loaded_at)
-        return rss, workers, info, age
+        return rss, cpu, workers, info, age

@@ -189,7 +189,7 @@ FUNNEL = (
     ),
     lines(
         "Stages, chosen quantile",
-        "Each stage's time by itself. Retrieval includes the wait for a thread, re-ranking that for a worker.",
+        "Each stage's time by itself. What is left of a request's time is the event loop and the wait for a worker.",
         "s",
         *(Query(quantile("$quantile", "winnow_stage_seconds", where("stage", s)), s) for s in STAGES),
         steps=AT_SLA,
@@ -263,9 +263,10 @@ CAPACITY = (
     ),
     lines(
         "CPU of the service's process",
-        "Cores that the event loop and the threads of retrieval and pre-ranking use; workers are other processes.",
+        "Cores that the event loop uses, and those that the workers do, who run the funnel.",
         "short",
         Query(rate("process_cpu_seconds_total", by="instance"), "{{instance}}"),
+        Query(rate("winnow_worker_cpu_seconds_total", by="instance"), "workers of {{instance}}"),
         least=0,
     ),
     lines(
@@ -297,8 +298,8 @@ WORKERS = (
     ),
     lines(
         "Shards by outcome",
-        "late: the deadline came while it was being scored. expired: before that. lost: its worker ended. failed: the "
-        "model did.",
+        "A request that isn't shared is one shard. late: the deadline came while it was being scored. expired: before "
+        "that. lost: its worker ended. failed: the model did.",
         "cps",
         Query(rate("winnow_shards_total", by="outcome"), "{{outcome}}"),
         least=0,
