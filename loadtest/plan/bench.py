@@ -128,6 +128,9 @@ def _calibrated(parsed: argparse.Namespace, folder: Path, requests: Path, say: C
         found = calibration.read(parsed.calibration)
         if (found.base.retrieve, found.base.rerank, found.base.workers) in OTHERS:
             raise CalibrationError(f"{parsed.calibration}: {found.base} is one of those to be predicted")
+        wanted = f"{parsed.bundle.name}-{BASE[0]}-{BASE[1]}"
+        if found.bundle != wanted:
+            raise CalibrationError(f"{parsed.calibration}: is of the bundle {found.bundle}, not of {wanted}")
         return found
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
     return measure.calibrate(narrow, requests, BASE[2], say, is_quick=parsed.quick)

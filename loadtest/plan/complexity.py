@@ -57,7 +57,8 @@ def fitted(points: Sequence[Point]) -> dict[str, dict[str, Exponent]]:
 
     def of(stage: str, **sizes: str) -> dict[str, Exponent]:
         columns = {name: [float(getattr(p, field)) for p in points] for name, field in sizes.items()}
-        return power(columns, [getattr(p, stage) for p in points])
+        worlds = [(p.items, p.model) for p in points]
+        return power(columns, [getattr(p, stage) for p in points], [worlds.index(world) for world in worlds])
 
     return {
         "retrieval": of("retrieval", items="items", width="retrieve"),

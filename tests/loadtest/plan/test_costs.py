@@ -32,6 +32,18 @@ def test_planted_exponents_are_inside_their_intervals() -> None:
         assert found[name].high - found[name].low < 0.1
 
 
+def test_intervals_hold_though_each_world_has_luck_of_its_own() -> None:
+    rng, missed = np.random.default_rng(0), 0
+    items = np.repeat([5e4, 1e5, 2e5, 4e5, 5e4, 5e4], 4)
+    width, worlds = np.tile([2_000.0, 2_000, 2_000, 4_000], 6), np.repeat(range(6), 4)
+    for _ in range(200):
+        luck = np.repeat(rng.normal(0, 0.15, 6), 4)
+        seconds = 1e-7 * items**0.5 * width**0.8 * np.exp(luck + rng.normal(0, 0.02, 24))
+        found = power({"items": items, "width": width}, seconds, worlds.tolist())["items"]
+        missed += not found.low < 0.5 < found.high
+    assert 1 <= missed <= 200 * 0.15  # 10 % are to miss; of points taken as independent half would
+
+
 def test_too_few_points_are_no_fit() -> None:
     with pytest.raises(ValueError, match="2 points"):
         power({"items": [1.0, 2.0]}, [1.0, 2.0])
