@@ -50,7 +50,8 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 CMD ["python", "-I", "-S", "-c", "\
 import http.client, os; \
-asked = http.client.HTTPConnection('127.0.0.1', int(os.environ['WINNOW_PORT']), timeout=2); \
+host = '::1' if ':' in os.environ['WINNOW_HOST'] else '127.0.0.1'; \
+asked = http.client.HTTPConnection(host, int(os.environ['WINNOW_PORT']), timeout=2); \
 asked.request('GET', '/readyz'); \
 raise SystemExit(asked.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "app"]
