@@ -107,7 +107,7 @@ def check(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
 def target(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Iterator[Target]:
     """The running service, or one that is started and ended with the block. Raises RuntimeError if it doesn't start."""
     if not parsed.url:
-        settings = {"SLA_MS": f"{parsed.sla_ms:g}"} | dict(s.split("=", 1) for s in parsed.setting)
+        settings = {"SLA_MS": f"{parsed.sla_ms:g}"} | dict(_setting(s) for s in parsed.setting)
         with started(parsed.bundle, parsed.workers, **settings) as service:
             yield service
         return
@@ -182,3 +182,9 @@ def _named(parser: argparse.ArgumentParser, option: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as e:
         parser.error(f"{option}: {e}")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    """NAME=VALUE; the name in any case, with or without WINNOW_."""
+    name, _, value = text.partition("=")
+    return name.upper().removeprefix("WINNOW_"), value

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.lab.options import number
 from loadtest.plan import bundles, calibration, classic, complexity, draw, measure, memory, planning, report, widths
 from loadtest.plan.calibration import Calibration, CalibrationError
 from loadtest.plan.planning import Question
 
 BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
+MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in two minutes"
 NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
 POINTS = 9  # of a what-if
 # What --what-if may vary → whether it is a whole number
@@ -29,15 +31,17 @@ BY_HAND = ("shards", "documents", "doc-ms")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--qps", type=float, default=100.0, help="requests a second, of all machines")
+    parser.add_argument("--qps", type=number(0, is_open=True), default=100.0, help="requests a second, of all machines")
     parser.add_argument("--p99", type=seconds, default=0.1, help="the SLA: 100ms, 0.1s, or a number of milliseconds")
     parser.add_argument("--items", type=whole, help="of the catalogue: 1_000_000, 100e6; the calibration's if absent")
     parser.add_argument("--retrieve", type=whole, help="width of retrieval; the bundle's if absent")
     parser.add_argument("--rerank", type=whole, help="width of re-ranking; the bundle's if absent")
-    parser.add_argument("--quality-floor", type=float, help="of NDCG, such as 0.98: the cheapest widths that keep it")
+    parser.add_argument(
+        "--quality-floor", type=number(0, 1), help="of NDCG, such as 0.98: the cheapest widths that keep it"
+    )
     parser.add_argument("--cores", type=whole, help="of a machine; the calibration's if absent")
     parser.add_argument("--workers", type=whole, help="of a machine; if absent, what gives the highest rate")
-    parser.add_argument("--price", type=float, help="of a core-hour, in any currency")
+    parser.add_argument("--price", type=number(0), help="of a core-hour, in any currency")
     parser.add_argument("--what-if", type=varied, metavar="PARAM=A..B", help=f"vary one of {', '.join(VARIED)}")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where --what-if draws")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="what is served; its widths, losses and sizes")
@@ -47,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--complexity", action="store_true", help="fit exponents on worlds of several sizes: minutes")
     parser.add_argument("--quick", action="store_true", help="a short calibration, to see that it works")
     by_hand = parser.add_argument_group("by hand, without a calibration")
-    by_hand.add_argument("--doc-ms", type=float, help="milliseconds a document in the deep model")
+    by_hand.add_argument("--doc-ms", type=number(0, is_open=True), help="milliseconds a document in the deep model")
     by_hand.add_argument("--documents", type=whole, default=500)
     by_hand.add_argument("--shards", type=whole_list, default=[1, 5], help="such as 1,5")
-    by_hand.add_argument("--fan-out-ms", type=float, default=0.0, help="milliseconds a shard, of who deals out")
+    by_hand.add_argument("--fan-out-ms", type=number(0), default=0.0, help="milliseconds a shard, of who deals out")
 
 
 def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
@@ -58,7 +62,12 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     if parsed.what_if and (parsed.what_if.name in BY_HAND) != (parsed.doc_ms is not None and not _is_shared(parsed)):
         parser.error(f"--what-if: {', '.join(BY_HAND)} go with --doc-ms, the others without")
     if parsed.doc_ms is not None:
+        if max(parsed.shards) > parsed.documents:
+            parser.error(f"--shards: at most one a document, {parsed.documents}")
         return _by_hand(parsed)
+    for path in (parsed.bundle / "manifest.json", parsed.requests or bundles.requests_of(parsed.bundle)):
+        if not path.exists() and (parsed.calibrate or path.name == "manifest.json"):
+            parser.error(f"{path} isn't there: name a --bundle (and its --requests), or make one: {MADE_BY}")
     try:
         known = _calibrate(parsed) if parsed.calibrate or parsed.complexity else calibration.read(parsed.calibration)
         return _planned(parsed, known)
@@ -263,17 +272,15 @@ def _what_if(
 
 def seconds(text: str) -> float:
     """100ms, 0.1s, or a number of milliseconds, as seconds."""
-    for unit, size in (("ms", 1e-3), ("s", 1.0), ("", 1e-3)):
-        if text.endswith(unit):
-            return float(text.removesuffix(unit)) * size
-    raise ValueError(text)
+    unit, size = next((unit, size) for unit, size in (("ms", 1e-3), ("s", 1.0), ("", 1e-3)) if text.endswith(unit))
+    return float(number(0, is_open=True)(text.removesuffix(unit))) * size
 
 
 def whole(text: str) -> int:
     """A whole number above 0; 100e6 is one."""
-    value = float(text)
-    if value != int(value) or value < 1:
-        raise ValueError(text)
+    value = number(1)(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number, 1 or more")
     return int(value)
 
 

@@ -210,7 +210,7 @@ def test_a_request_that_is_told_to_stop_answers_with_what_there_is(generation):
     child.worker.scorer.paced_row_s = 0.05  # the machine became slow after the warm-up: 1.6 s for 32 rows
     child.worker.scorer.row_s = 0.05
     begun, score = threading.Event(), child.worker.scorer.model.score
-    child.worker.scorer.model.score = lambda *given: (begun.set(), score(*given))[1]
+    child.worker.scorer.model.score = lambda *given: (score(*given), begun.set())[0]  # the first slice waits its time
     send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=10.0)
     assert begun.wait(60)
     child.tell(Kind.STOP)
