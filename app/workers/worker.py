@@ -87,6 +87,7 @@ class Worker:
         self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables))
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s, given.costs)
         self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
+        self.is_left = False  # the parent is gone
         self.sending = threading.Lock()
 
     def serve(self) -> None:
@@ -96,7 +97,7 @@ class Worker:
             self._send(Kind.READY, 0, max(self.scorer.row_s, self.scorer.paced_row_s))
             for asked, said in received(self.connection):
                 self.scorer.run, self.job = Run(), asked.job
-                if self.stopped == asked.job:  # the other socket was faster
+                if self.is_left or self.stopped == asked.job:  # the other socket was faster
                     self.scorer.run.stop()
                 self._answer(asked, said)
 
@@ -156,6 +157,7 @@ class Worker:
                 self.stopped, run = asked.job, self.scorer.run  # before the look: the next job's must go on
                 if self.job == asked.job:
                     run.stop()
+        self.is_left = True
         self.scorer.run.stop()
 
     def _send(self, kind: Kind, job: int, said: object = None) -> None:

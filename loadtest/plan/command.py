@@ -66,7 +66,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             parser.error(f"--shards: at most one a document, {parsed.documents}")
         return _by_hand(parsed)
     for path in (parsed.bundle / "manifest.json", parsed.requests or bundles.requests_of(parsed.bundle)):
-        if not path.exists() and (parsed.calibrate or path.name == "manifest.json"):
+        is_read = parsed.calibrate or (path.name == "manifest.json" and parsed.calibration.exists())
+        if is_read and not path.exists():
             parser.error(f"{path} isn't there: name a --bundle (and its --requests), or make one: {MADE_BY}")
     try:
         known = _calibrate(parsed) if parsed.calibrate or parsed.complexity else calibration.read(parsed.calibration)
