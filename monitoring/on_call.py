@@ -1,7 +1,8 @@
 """The dashboard of the person on call: is the SLA met, what is wrong, where the time goes, what gives way.
 
 From the top: one line that says whether to worry, the SLO, requests, the funnel's stages, and then what can be short:
-permits, workers, generations. docs/monitoring.md has a section for each alert that names the panels to look at.
+permits, workers, generations. docs/monitoring.md has a section for each alert that names the panels to look at. It is
+over 250 lines because it is the dashboard itself, panel after panel in reading order.
 """
 
 from monitoring import OBJECTIVE, SLA_S

@@ -1,7 +1,8 @@
 """The kinds of panel, and a dashboard from rows of them: Grafana's classic JSON model, of Grafana 11 and later.
 
 A panel says what it shows, in which unit, and where its colours change; places and ids are given here, row by row from
-the left. What a dashboard shows is decided in on_call.py and models.py.
+the left. What a dashboard shows is decided in on_call.py and models.py. It is over 250 lines because each kind of panel
+is one function, most of them Grafana's option names.
 """
 
 import json
