@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, wire
-from app.flow import Ranking, Stage
+from app.flow import Stage
 from app.funnel import require_full
 from app.gate import Phase
 from app.keys import require_key
@@ -93,7 +93,9 @@ def _of_serving(held: Serving) -> dict[str, Any]:
     manifest = held.generation.manifest
     lives = {"digest": held.generation.digest, "age_s": round(time.monotonic() - held.loaded_at, 1)}
     works = {"inflight": held.inflight, "workers": held.pool.pids()}
-    holds = {"items": manifest.retrievers[0].n, "retriever": manifest.retrievers[0]}
+    widths = manifest.funnel.model_dump(include={"retrieve", "rerank", "k"})
+    holds = {"path": str(held.generation.path), "items": manifest.retrievers[0].n, "widths": widths}
+    holds["retriever"] = manifest.retrievers[0]
     return lives | works | holds | manifest.model_dump(include={"name", "version", "created", "offline_metrics"})
 
 
@@ -148,7 +150,7 @@ async def answer(request: Request, service: Service) -> Response:
         if answered.query.is_strict:
             require_full(answered.ranking)
         total_s = time.monotonic() - received_at
-        took_ms = {"users": _ms(answered.users_s), **_stage_ms(answered.ranking), "total": _ms(total_s)}
+        took_ms = _stage_ms(answered) | {"total": _ms(total_s)}
         body = orjson.dumps(wire.answer(answered.query, answered.ranking, answered.ids, took_ms))
         response = Response(body, headers={"x-request-id": request_id}, media_type="application/json")
         outcome = "degraded" if answered.ranking.degradations else "ok" if len(answered.ranking) else "empty"
@@ -172,7 +174,7 @@ def _counted(
         query, ranking, reranking = answered.query, answered.ranking, answered.ranking.report(Stage.RERANKING)
         fields |= {"generation": ranking.generation, "is_known": query.person.is_known}
         fields |= {"history": len(query.person.history), "k": query.k, "n": len(ranking)}
-        fields |= {"wanted": reranking.wanted, "reranked": reranking.done, "stage_ms": _stage_ms(ranking)}
+        fields |= {"wanted": reranking.wanted, "reranked": reranking.done, "stage_ms": _stage_ms(answered)}
         fields["degraded"] = [f"{d.stage.label}: {d.reason}" for d in ranking.degradations]
     log.info("rank", extra={"fields": fields})
     return response
@@ -198,8 +200,9 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-def _stage_ms(ranking: Ranking) -> dict[str, float]:
-    return {r.stage.label: _ms(r.seconds) for r in ranking.reports}
+def _stage_ms(answered: Answered) -> dict[str, float]:
+    stages = {r.stage.label: _ms(r.seconds) for r in answered.ranking.reports}
+    return {"queue": _ms(answered.queue_s), "users": _ms(answered.users_s)} | stages
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

@@ -13,22 +13,39 @@ import onnxruntime as ort
 from app.errors import BundleError, require
 from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, item_inputs, request_inputs
 from app.flow import Array, Candidates, Person
+from app.manifest import opening
 
 
-def check_graph(session: ort.InferenceSession, file: str, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
-    """Every input of the graph is bound once, and what is bound has the graph's type and shape."""
-    graph = {i.name: i for i in session.get_inputs()}
+def check_graph(
+    session: ort.InferenceSession,
+    file: str,
+    inputs: tuple[ModelInput, ...],
+    tables: Tables,
+    once: ort.InferenceSession | None = None,
+) -> None:
+    """Every input of the graph is bound once, and what is bound has the graph's type and shape.
+
+    once: a graph that makes some of them, and reads what is bound as well.
+    """
+    made = [o.name for o in once.get_outputs()] if once else []
+    nodes = [i for graph in (once, session) if graph for i in graph.get_inputs()]
+    graph = {i.name for i in nodes} - set(made)
     bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
     for name in sorted({name for name in bound if bound.count(name) > 1}):
         raise BundleError(f"{file}: input {name} is bound more than once")
-    for name in sorted(set(graph) ^ set(bound)):
+    for name in sorted(graph ^ set(bound)):
         raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}")
     readable = [name for name, table in tables.items() if table.dtype.kind != "U"]
     for i in inputs:
         is_there = i.table in (None, ROW, *readable)
         require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
-    for name, array in _inputs_of_nothing(inputs, tables).items():
-        _check_input(graph[name], array, file)
+    arrays = _inputs_of_nothing(inputs, tables)
+    for node in nodes:  # those of `once` first, then it can be run
+        if once and node.name in made and made[0] not in arrays:
+            feeds = {i.name: arrays[i.name] for i in once.get_inputs()}
+            with opening(file, "what makes its inputs doesn't run"):
+                arrays |= dict(zip(made, once.run(None, feeds), strict=True))
+        _check_input(node, arrays[node.name], file)
 
 
 def check_names(features: FeatureSchema, tables: Tables) -> None:
@@ -50,7 +67,8 @@ def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[s
     rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
     nobody = Person(rows, {i.key: i.filled() for i in inputs if i.field})
     nothing = Candidates(rows, scores, rows.astype(np.uint32), np.zeros(tables["embedding"].shape[1], np.float32))
-    return request_inputs(inputs, tables, nobody) | item_inputs(inputs, Inputs(tables, nobody, nothing, {}))
+    of_items = item_inputs(inputs, Inputs(tables, nobody, nothing, {}))
+    return request_inputs(inputs, tables, nobody, nothing.user_embedding) | of_items
 
 
 def _check_input(node: ort.NodeArg, array: Array, file: str) -> None:

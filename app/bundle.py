@@ -30,6 +30,7 @@ from app.flow import F32, Array, Arrays, Rows, sealed
 from app.manifest import INDEX_CLASSES, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
+ONCE, HOISTED = "re_ranker_once.onnx", "hoisted_"  # what `pack` took out of the re-ranker; its tables
 Id = int | str  # external, as in ids.npy
 NO_ROW = -1  # pads lists of rows
 # vocab/<name>.json: numbers that a field of either type holds
@@ -106,6 +107,7 @@ class Generation:
     user_tower: ort.InferenceSession
     re_ranker: ort.InferenceSession
     pre_ranker: PreRanker
+    once: ort.InferenceSession | None = None  # makes some inputs of the re-ranker, once a request
 
     @property
     def name(self) -> str:
@@ -123,13 +125,19 @@ class Generation:
     @cached_property
     def filterable(self) -> tuple[str, ...]:
         """Item tables that a filter may name: numbers or categories, one or a few a row."""
-        return tuple(n for n, t in self.tables.items() if n != "embedding" and t.dtype.kind in "iuf" and t.ndim <= 2)
+        numbers = {n: t for n, t in self.tables.items() if t.dtype.kind in "iuf" and t.ndim <= 2}
+        return tuple(n for n in numbers if n != "embedding" and not n.startswith(HOISTED))
 
 
 def run_model(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> Array:
     """The first output of the graph. Raises StageFailed for whatever the runtime raises."""
+    return run_graph(session, feeds, options)[0]
+
+
+def run_graph(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> list[Array]:
+    """All outputs of the graph. Raises StageFailed for whatever the runtime raises."""
     try:
-        return session.run(None, dict(feeds), options)[0]  # type: ignore[no-any-return]
+        return session.run(None, dict(feeds), options)  # type: ignore[no-any-return]
     except Exception as e:  # onnxruntime's exceptions have no root of their own
         raise StageFailed(f"model: {e}") from e
 
@@ -178,6 +186,7 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
         user_tower=_session(path, manifest, manifest.retrievers[0].tower),
         re_ranker=_session(path, manifest, "re_ranker.onnx"),
         pre_ranker=_pre_ranker(path / "pre_ranker.npz"),
+        once=_session(path, manifest, ONCE) if ONCE in manifest.files else None,
     )
     if not is_verified:
         check_shapes(generation)
@@ -277,7 +286,7 @@ def check_shapes(g: Generation) -> None:
     require(is_same, "pre_ranker.npz: its feature names are not those of the manifest's schema")
     check_names(g.manifest.features, g.tables)
     check_graph(g.user_tower, retriever.tower, g.manifest.features.user_tower, g.tables)
-    check_graph(g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker, g.tables)
+    check_graph(g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker, g.tables, g.once)
 
 
 def _check_tables(folder: str, tables: Tables, n: int, kinds: str) -> None:

@@ -160,12 +160,16 @@ def read_rows(tables: Tables, table: str, rows: Rows) -> Array:
     return np.asarray(source.take(rows, axis=0), np.int64 if source.dtype.kind in "iu" else np.float32)
 
 
-def request_inputs(inputs: Sequence[ModelInput], tables: Tables, person: Person) -> dict[str, Array]:
-    """The inputs with `per: request` that don't need the user tower: first axis 1."""
+def request_inputs(
+    inputs: Sequence[ModelInput], tables: Tables, person: Person, user_embedding: F32 | None = None
+) -> dict[str, Array]:
+    """The inputs with `per: request`: first axis 1. user_embedding: f32[d], once the user tower has made it."""
     arrays: dict[str, Array] = {}
     for i in inputs:
         if i.source is Source.HISTORY:
             arrays |= _history(i, tables, person.history)
+        elif i.source is Source.USER_EMBEDDING and user_embedding is not None:
+            arrays[i.name] = user_embedding[None]
         elif i.field and i.per == "request":
             arrays[i.name] = person.fields[i.key]
     return arrays
@@ -183,7 +187,7 @@ def _history(i: ModelInput, tables: Tables, history: Rows) -> dict[str, Array]:
 
 
 def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]:
-    """The inputs whose first axis is n, and the user embedding."""
+    """The inputs whose first axis is n."""
     candidates, n = given.candidates, len(given.candidates)
     arrays: dict[str, Array] = {}
     for i in inputs:
@@ -191,8 +195,6 @@ def item_inputs(inputs: Sequence[ModelInput], given: Inputs) -> dict[str, Array]
             arrays[i.name] = read_rows(given.tables, i.table or "embedding", candidates.rows)
         elif i.source is Source.RETRIEVAL_SCORE:
             arrays[i.name] = candidates.retrieval_scores
-        elif i.source is Source.USER_EMBEDDING:
-            arrays[i.name] = candidates.user_embedding[None]
         elif i.source is Source.CANDIDATE:
             arrays[i.name] = given.candidate_fields.get(i.key, i.filled(n))
     return arrays

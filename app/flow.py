@@ -289,7 +289,8 @@ class Ranking:
 
 
 class Ranked(NamedTuple):
-    """A request's whole way: the query as resolved, and the answer."""
+    """A request's whole way: the query as resolved, and the answer. seconds: of the worker that took it; or None."""
 
     query: Query
     ranking: Ranking
+    seconds: float | None = None

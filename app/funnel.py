@@ -214,8 +214,7 @@ class Funnel:
 
 def offline_funnel(generation: Generation) -> Funnel:
     """The same funnel with the deep model in this process: packing, evaluation, golden requests."""
-    model = ShardModel(generation.re_ranker, generation.manifest.features.re_ranker, generation.tables)
-    return Funnel(generation, InProcess(model))
+    return Funnel(generation, InProcess(ShardModel(generation)))
 
 
 def outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

@@ -47,11 +47,15 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A request's outcome in the terms of the generation that served it. users_s: a worker's turn, and who asks."""
+    """A request's outcome in the terms of the generation that served it.
+
+    queue_s: the wait for a worker, with the ways there and back. users_s: to find out who asks for what.
+    """
 
     query: Query
     ranking: Ranking
     ids: list[Id]
+    queue_s: float
     users_s: float
 
 
@@ -198,13 +202,16 @@ class Service:
                 deadline = Deadline(received_at, timeout_s)  # made once, here
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
-                query, ranking = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
-                users_s = time.monotonic() - started - sum(report.seconds for report in ranking.reports)
+                ranked = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
+                (query, ranking, worked_s), took_s = ranked, time.monotonic() - started
+                worked_s = took_s if worked_s is None else worked_s
+                users_s = worked_s - sum(report.seconds for report in ranking.reports)
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, ranking.extra_s)
                 self.gate.expects(serving.funnel.seconds(FLOOR))
                 self.metrics.ranking(ranking)
-                return Answered(query, ranking, serving.generation.ids.external(ranking.rows), users_s)
+                ids = serving.generation.ids.external(ranking.rows)
+                return Answered(query, ranking, ids, took_s - worked_s, users_s)
 
 
 async def _prove_apart(path: Path) -> None:

@@ -37,8 +37,7 @@ def offline_query(request: dict[str, Any], generation: Generation) -> Query:
 
 async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     """The whole funnel with all the time it wants."""
-    _, ranking = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), UNHURRIED_S))
-    return ranking
+    return (await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), UNHURRIED_S))).ranking
 
 
 def measured(generation: Generation, *, is_yielding: bool = False) -> tuple[Cost, Cost]:

@@ -142,7 +142,7 @@ class RankResponse(Wire):
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
         description="Ids sent that the catalogue doesn't have, or that were sent twice."
     )
-    took_ms: dict[str, float] = Field(description="By stage and in total; `users` with the wait for a worker.")
+    took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for a worker, there and back.")
 
 
 def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ one line of JSON to standard output.
 """
 
 import argparse
+import os
 import signal
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 # command → its module, which has add_arguments(parser) and run(parser, parsed) → exit code; what its help says
 COMMANDS = {
@@ -29,9 +31,16 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage, which is longer than a screen, is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         return int(run(command, parsed))
     except KeyboardInterrupt:
         return 130  # as a shell says it
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ US, LONGEST_US = 1e6, 120_000_000  # histograms count microseconds, to three dig
 
 # Why there was no answer: nothing listened; the connection broke after it was made; patience ended; it was no JSON.
 UNREACHABLE, BROKEN, SILENT, GARBLED = "unreachable", "broken", "silent", "garbled"
-STAGES = ("users", "retrieval", "preranking", "reranking", "selection", "total")  # what an answer's took_ms names
+# What an answer's took_ms names
+STAGES = ("queue", "users", "retrieval", "preranking", "reranking", "selection", "total")
 
 
 @dataclass(slots=True)

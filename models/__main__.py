@@ -8,6 +8,8 @@ python -m models synthesize --items 1_000_000
                                            a made-up world of any size, packed, with requests to load it
 python -m models rewidth BUNDLE --retrieve N --rerank N --out BUNDLE
                                            the same bundle at other widths, by links
+python -m models hoist BUNDLE --out BUNDLE
+                                           the same bundle, its re-ranker cut where that pays
 python -m models demo                      all of it, served, with one request printed
 
 Exit codes: 0; 1 if the demo's service can't be started or asked; 2 for what can't be fetched, packed or evaluated;
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, _evaluate_options),
         ("synthesize", _synthesize, _synthesize_options),
         ("rewidth", _rewidth, _rewidth_options),
+        ("hoist", _hoist, _hoist_options),
         ("demo", _demo, _demo_options),
     ):
         command = commands.add_parser(name)
@@ -76,6 +79,7 @@ def _pack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_pq"), help="kind to begin with, not by size"
     )
+    command.add_argument("--no-hoist", action="store_true", help="leave the re-ranker whole, even where a cut pays")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
 
 
@@ -108,6 +112,12 @@ def _rewidth_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
 
 
+def _hoist_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
+    command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
 def _demo_options(command: argparse.ArgumentParser) -> None:
     _example_options(command)
     command.add_argument("--bundle", type=Path, default=BUNDLE)
@@ -133,7 +143,8 @@ def _pack(parsed: argparse.Namespace) -> None:
     from models.pack import pack
 
     say = partial(print, flush=True)  # progress, also in a pipe
-    pack(parsed.config, parsed.out, recall=parsed.recall, kind=parsed.index, force=parsed.force, say=say)
+    wanted = {"recall": parsed.recall, "kind": parsed.index, "may_hoist": not parsed.no_hoist}
+    pack(parsed.config, parsed.out, **wanted, force=parsed.force, say=say)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
@@ -166,6 +177,12 @@ def _rewidth(parsed: argparse.Namespace) -> None:
     from models.rewidth import rewidth
 
     rewidth(parsed.bundle, parsed.out, retrieve=parsed.retrieve, rerank=parsed.rerank, force=parsed.force)
+
+
+def _hoist(parsed: argparse.Namespace) -> None:
+    from models.recut import recut
+
+    recut(parsed.bundle, parsed.out, force=parsed.force)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from app.bundle import Generation, run_model
 from app.control.deadline import Deadline
 from app.errors import ClientError, StageFailed
-from app.features import Inputs, item_inputs, request_inputs
+from app.features import Inputs, item_inputs
 from app.flow import Candidates, Query, Ranking, Rows, Scored, Stage, best_first
 from app.funnel import offline_funnel
 from app.warmup import offline_query, prove, rank_offline
+from app.workers.scoring import ShardModel
 from models.pack_config import PackError
 
 STAGES = [stage.label for stage in Stage]
@@ -79,8 +80,8 @@ def embed(generation: Generation, queries: Iterable[Query]) -> Floats:
 def re_ranker_feeds(generation: Generation, query: Query, candidates: Candidates) -> dict[str, NDArray[Any]]:
     """What the re-ranker gets for these candidates, by input name."""
     given = Inputs(generation.tables, query.person, candidates, query.sent_with(candidates.rows))
-    inputs = generation.manifest.features.re_ranker
-    return request_inputs(inputs, given.tables, given.person) | item_inputs(inputs, given)
+    model = ShardModel(generation)
+    return model.request_inputs(given.person, candidates.user_embedding) | item_inputs(model.inputs, given)
 
 
 def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Floats:

@@ -31,7 +31,7 @@ from app.errors import BundleError
 from app.features import FeatureSchema
 from app.flow import Candidates, Origin, Query, sealed
 from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manifest, Recall, Retriever, sha256
-from models import evaluate, graph, index, loss, score_scale
+from models import cuts, evaluate, graph, index, loss, score_scale
 from models.pack_config import PackConfig, PackError, read_config
 from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies
 
@@ -41,6 +41,7 @@ FEWEST_SAMPLES = 200  # sample requests; fewer make a calibration of noise
 MOST_CALIBRATION_ROWS = 400_000  # candidates re-ranked for the calibration: 2 s at 5 µs a row
 N_GOLDEN = 8
 TRIAL_REQUESTS, TRIAL_ROWS = 5, 48  # of the check that rows are scored alone
+FEWEST_TIMED = 7  # rows on which a re-ranker in parts is compared with the whole
 SEED = 20
 IDENTITY = Knots(x=(0.0, 1.0), y=(0.0, 1.0))
 
@@ -51,6 +52,7 @@ def pack(
     *,
     recall: float = 0.95,
     kind: index.Kind | None = None,
+    may_hoist: bool = True,
     force: bool = False,
     say: Say = print,
 ) -> Path:
@@ -59,6 +61,7 @@ def pack(
     Args:
         recall: what retrieval must find of the exact best, at the configured width.
         kind: the index kind to begin with, instead of the one that the catalogue's size suggests.
+        may_hoist: cut the re-ranker where that pays (cuts.py); else it is served as it is.
         force: replace a bundle that is there.
     Raises: PackError. Nothing is left behind then, and what was there stays.
     """
@@ -68,7 +71,7 @@ def pack(
     check_target(out, force)
     with draft_beside(out) as draft:
         try:
-            generation = _fill(config, draft, (recall, kind), say)
+            generation = _fill(config, draft, (recall, kind), may_hoist, say)
         except BundleError as e:
             raise PackError(str(e)) from e
         move(draft, out)
@@ -76,7 +79,9 @@ def pack(
     return out
 
 
-def _fill(config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | None], say: Say) -> Generation:
+def _fill(
+    config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | None], may_hoist: bool, say: Say
+) -> Generation:
     """Everything that the bundle holds, step by step. Returns it as the service would load it."""
     say(f"pack: {config.name} {config.version}")
     requests = evaluate.read_requests(config.samples)
@@ -95,9 +100,12 @@ def _fill(config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | Non
     queries = evaluate.resolve(generation, requests)
     users = evaluate.embed(generation, queries)
     generation = _try_models(generation, models, queries, users)
+    say(f"graphs: rows are scored alone, on {TRIAL_REQUESTS} requests of {TRIAL_ROWS} rows")
+    if may_hoist and (tried := trials(generation, queries, users)):
+        generation, parts = cuts.cut_where_it_pays(generation, models[cuts.RE_RANKER], tried, say)
+        models |= parts
     for name, model in models.items():
         (draft / name).write_bytes(model.SerializeToString(deterministic=True))
-    say(f"graphs: rows are scored alone, on {TRIAL_REQUESTS} requests of {TRIAL_ROWS} rows")
     generation = _with_index(generation, users, wanted, say)
     generation = _with_calibration(generation, queries, say)
     generation = _with_loss(generation, requests, say)
@@ -142,12 +150,22 @@ def _try_models(
     return generation
 
 
+def trials(generation: Generation, queries: Sequence[Query], users: NDArray[np.float32]) -> list[cuts.Trial]:
+    """Sample requests at the width of re-ranking, to be timed on."""
+    rng, width, found = np.random.default_rng(SEED), generation.manifest.funnel.rerank, []
+    for at in np.linspace(0, len(queries) - 1, TRIAL_REQUESTS).astype(int):
+        candidates = _trial_candidates(generation, queries[at], users[at], rng, width)
+        if len(candidates) >= FEWEST_TIMED:
+            found.append(cuts.Trial(candidates.rows, evaluate.re_ranker_feeds(generation, queries[at], candidates)))
+    return found
+
+
 def _trial_candidates(
-    generation: Generation, query: Query, user: NDArray[np.float32], rng: np.random.Generator
+    generation: Generation, query: Query, user: NDArray[np.float32], rng: np.random.Generator, n: int = TRIAL_ROWS
 ) -> Candidates:
     """The caller's own candidates if it names some, else rows from all over the catalogue."""
     rows = np.arange(generation.n_items) if query.candidates is None else query.candidates
-    rows = np.sort(rng.choice(rows, min(TRIAL_ROWS, len(rows)), replace=False))
+    rows = np.sort(rng.choice(rows, min(n, len(rows)), replace=False))
     scores = np.asarray(generation.tables["embedding"][rows], np.float32) @ user
     return Candidates(rows, sealed(scores), np.full(len(rows), Origin.INDEX, np.uint32), user)
 

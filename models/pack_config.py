@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
 
+from app.bundle import HOISTED
 from app.features import ROW, ModelInput, Strict
 from app.manifest import FunnelConfig
 from app.settings import Limits
@@ -31,9 +32,14 @@ def _is_file(path: Path, info: ValidationInfo) -> Path:
 
 
 def _is_table_name(name: str) -> str:
-    if name in RESERVED or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
+    if (
+        name in RESERVED
+        or name.startswith(HOISTED)
+        or not name.replace("_", "").replace("-", "").isalnum()
+        or not name.isascii()
+    ):
         raise ValueError(
-            f"{name!r} can't name a table; allowed are letters, digits, _ and -, but not {', '.join(RESERVED)}"
+            f"{name!r} can't name a table; allowed are letters, digits, _ and -, but not {', '.join(RESERVED)}, {HOISTED}…"
         )
     return name
 

@@ -37,7 +37,7 @@ def rewidth(bundle: Path, out: Path, *, retrieve: int, rerank: int, force: bool 
         first = e.errors()[0]
         raise PackError(f"widths: {first['loc'][0]}: {first['msg']}") from e
     with draft_beside(out) as draft:
-        shutil.copytree(bundle, draft, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        shutil.copytree(bundle, draft, copy_function=link, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
         manifest = generation.manifest.model_copy(update={"funnel": funnel, "loss": None, "golden": ()})
         requests = [golden.request for golden in generation.manifest.golden]
         with_golden(replace(generation, manifest=manifest, path=draft), requests, say)
@@ -46,7 +46,7 @@ def rewidth(bundle: Path, out: Path, *, retrieve: int, rerank: int, force: bool 
     return out
 
 
-def _link(file: str, copy: str) -> None:
+def link(file: str, copy: str) -> None:
     """A second name for the same bytes; on another file system, or one without links, a copy."""
     try:
         os.link(file, copy)

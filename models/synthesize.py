@@ -172,7 +172,7 @@ def synthesize(
         text = PACK.format(name=name, seed=seed, history=HISTORY, moment=MOMENT, retrieve=retrieve, rerank=rerank, k=K)
         (world.folder / "pack.toml").write_text(text)
         make_models(world, say)
-        pack(world.folder / "pack.toml", out, recall=RECALL, force=force, say=say)
+        pack(world.folder / "pack.toml", out, recall=RECALL, may_hoist=False, force=force, say=say)
         requests = out.with_name(f"{out.name}.requests.jsonl")
         write_requests(world, "requests", N_REQUESTS, requests, is_history_sent=False)
         say(f"requests: {N_REQUESTS:,} in {requests}")

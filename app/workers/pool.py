@@ -314,7 +314,7 @@ class WorkerPool:
                 await self._live(worker)
             except Exception as e:  # whatever it was, the worker must come back
                 why = str(e) or type(e).__name__
-                log.warning("worker %d ended: %s", worker.number, why)
+                log.warning("worker %d ended: %s, exit code %s", worker.number, why, worker.process.exitcode)
                 if worker.state == "starting" and not self.started.done():
                     self.started.set_exception(ServerError(f"a worker can't start: {why}"))
             self.metrics.restarts.inc()

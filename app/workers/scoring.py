@@ -17,11 +17,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from app.bundle import run_model
+from app.bundle import Generation, run_graph, run_model
 from app.control.costs import Cost, Estimate
 from app.errors import StageFailed
-from app.features import Inputs, ModelInput, Tables, item_inputs, request_inputs
-from app.flow import Array, Arrays, Candidates, Person, Scores
+from app.features import Inputs, item_inputs, request_inputs
+from app.flow import F32, Array, Arrays, Candidates, Person, Scores
 
 # What a slice should take: a tenth of the time left, or 3 ms, but no more than is left.
 SLICE_SHARE, SLICE_S = 0.1, 3e-3
@@ -62,19 +62,28 @@ class ShardScorer(Estimate, Protocol):
 
 
 class ShardModel:
-    """The re-ranker with what it reads."""
+    """The re-ranker with what it reads. What needs no candidate is run once a request, in a graph of its own."""
 
-    def __init__(self, session: ort.InferenceSession, inputs: tuple[ModelInput, ...], tables: Tables) -> None:
-        self.session, self.inputs, self.tables = session, inputs, tables
+    def __init__(self, generation: Generation) -> None:
+        self.session, self.once, self.tables = generation.re_ranker, generation.once, generation.tables
+        self.inputs = generation.manifest.features.re_ranker
+        self.reads = {i.name for i in self.session.get_inputs()}
+        self.once_reads = [i.name for i in self.once.get_inputs()] if self.once else []
+        self.once_makes = [o.name for o in self.once.get_outputs()] if self.once else []
 
-    def request_inputs(self, person: Person) -> dict[str, Array]:
-        """What the model gets once a request, to be handed to `score` with each of its slices."""
-        return request_inputs(self.inputs, self.tables, person)
+    def request_inputs(self, person: Person, user_embedding: F32) -> dict[str, Array]:
+        """What the model gets once a request, to be handed to `score` with each of its slices. Raises StageFailed."""
+        given = request_inputs(self.inputs, self.tables, person, user_embedding)
+        if self.once:
+            made = run_graph(self.once, {name: given[name] for name in self.once_reads})
+            given |= dict(zip(self.once_makes, made, strict=True))
+        return {name: array for name, array in given.items() if name in self.reads}
 
     def score(self, shard: Shard, request: Arrays | None = None, options: ort.RunOptions | None = None) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
         given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
-        request = self.request_inputs(shard.person) if request is None else request
+        if request is None:
+            request = self.request_inputs(shard.person, shard.candidates.user_embedding)
         scores = run_model(self.session, {**request, **item_inputs(self.inputs, given)}, options)
         if scores.size != len(shard.candidates):
             raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")
@@ -123,8 +132,9 @@ class InProcess:
 
     def slices(self, shard: Shard) -> Iterator[Slice]:
         """Best candidates first. Raises StageFailed where the shard expires, is stopped or fails."""
-        request, n, start = self.model.request_inputs(shard.person), len(shard.candidates), 0
-        started = now = time.monotonic()
+        n, start, started = len(shard.candidates), 0, time.monotonic()
+        request = self.model.request_inputs(shard.person, shard.candidates.user_embedding)
+        now = time.monotonic()
         try:
             while start < n:
                 stop = start + slice_rows(self.row_s, n - start, shard.until - now)

@@ -83,8 +83,7 @@ class Worker:
         self.connection, self.control = sockets
         self.own, self.paced_row_s = generation_number(digest), given.paced_row_s
         self.generation = load(bundle, digest, is_verified=True)
-        features, tables = self.generation.manifest.features, self.generation.tables
-        self.scorer = InProcess(ShardModel(self.generation.re_ranker, features.re_ranker, tables))
+        self.scorer = InProcess(ShardModel(self.generation))
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s, given.costs)
         self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
         self.is_left = False  # the parent is gone
@@ -139,12 +138,13 @@ class Worker:
 
     def _ranked(self, asked: Asked) -> Ranked:
         """Raises InvalidRequest."""
-        deadline = asked.deadline(time.monotonic())
+        started = time.monotonic()
+        deadline = asked.deadline(started)
         parsed = wire.parse(asked.sent.body, wire.RankRequest)
         resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
         narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))
         ranked: Ranked = outcome_of(partial(self.funnel.finish, narrowed))
-        return ranked
+        return ranked._replace(seconds=time.monotonic() - started)
 
     # ------------------------------------------------------------------------------------- the sockets
 

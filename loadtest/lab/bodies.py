@@ -14,7 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST = 20_000  # different bodies; a longer run begins again with the first
+USERS = Path("users/ids.npy")
 ASKED = ("context", "query")  # what a made-up request takes over from the bundle's golden ones
+
+
+def for_bundle(bundle: Path, n: int, file: Path | None = None) -> list[bytes]:
+    """At most n: the file's; or those of BUNDLE.requests.jsonl; or made up from the bundle's users; or its golden ones.
+
+    Raises: ValueError, OSError.
+    """
+    beside = bundle.with_name(f"{bundle.name}.requests.jsonl")
+    if file or beside.is_file():
+        return from_file(file or beside)[:n]
+    if (bundle / USERS).is_file():
+        return from_bundle(bundle, n)
+    golden = json.loads((bundle / "manifest.json").read_bytes()).get("golden", ())
+    if not golden:
+        raise ValueError(f"no {beside}, and neither users nor golden requests in the bundle")
+    return [json.dumps(g["request"]).encode() for g in golden][:n]
 
 
 def from_file(file: Path) -> list[bytes]:
@@ -44,7 +61,7 @@ def from_bundle(bundle: Path, n: int, *, exponent: float = 1.0, seed: int = 0) -
     `context` and `query` are those of the bundle's golden requests in turn. Raises: ValueError, OSError.
     """
     manifest = json.loads((bundle / "manifest.json").read_bytes())
-    ids_file = bundle / "users" / "ids.npy"
+    ids_file = bundle / USERS
     if not ids_file.is_file():
         raise ValueError(f"{ids_file} isn't there: a bundle without users needs a file of bodies")
     ids = np.load(ids_file, mmap_mode="r", allow_pickle=False)

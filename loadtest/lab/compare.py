@@ -5,6 +5,7 @@ Exit codes: 0; 1 when one of the runs is invalid; 2 for what isn't a run.
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -29,13 +30,19 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     print("| what | A | B | B - A | 95 % interval |\n|---|---|---|---|---|")
     for d in found:
         interval = f"{d.low:.4g} to {d.high:.4g}" if d.has_interval else ""
-        print(f"| {d.name} | {d.a:.4g} | {d.b:.4g} | {d.gap:.4g} | {interval} |")
+        print(f"| {d.name} | {' | '.join(map(told, (d.a, d.b, d.gap)))} | {interval} |")
     facts = {"bench": "compare", "a": str(parsed.a), "b": str(parsed.b), "out": str(out)}
     print(json.dumps(without_nan(facts | {"differences": [asdict(d) | {"is_clear": d.is_clear} for d in found]})))
+    for what in page.unlike(a, b):
+        print(f"{what}: A had {a.setup.get(what)}, B had {b.setup.get(what)}", file=sys.stderr)
     for name, one in (("A", a), ("B", b)):
         for why in one.invalid:
             print(f"{name} is INVALID: {why}", file=sys.stderr)
     return 1 if a.invalid or b.invalid else 0
+
+
+def told(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
 def kept(parser: argparse.ArgumentParser, name: str, file: Path) -> Run:

@@ -14,6 +14,7 @@ from loadtest.lab import plots
 from loadtest.lab.difference import Difference
 from loadtest.lab.run import LEAST_ANSWERED, Run
 
+LOAD = ("arrivals", "machine")
 NOTHING = 1e-9  # differences under it are those of rounding
 PAGE_STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
@@ -116,6 +117,10 @@ def comparison(a: Run, b: Run, names: tuple[str, str], differences: Sequence[Dif
     runs = (a, b)
     p99 = next(d for d in differences if d.name == "p99 ms")
     said = ("B is faster" if p99.gap < 0 else "B is slower") if p99.is_clear else "no clear difference"
+    if a.invalid or b.invalid:
+        said = "an invalid run says nothing"
+    elif others := unlike(a, b):
+        said += f", but they differ in {', '.join(others)}"
     head = f"<h1>p99 {shown(a.figures.p99_ms)} ms against {shown(b.figures.p99_ms)} ms: {said}</h1>" + legend(
         (("a", f"A: {names[0]}"), ("b", f"B: {names[1]}"))
     )
@@ -128,6 +133,11 @@ def comparison(a: Run, b: Run, names: tuple[str, str], differences: Sequence[Dif
     body += '<div class="plots wide">' + "".join(_sections(runs)) + "</div>"
     body += _wide("What ran", "Shaded where they differ.", _setup(runs))
     return _document(f"{names[0]} and {names[1]}", body)
+
+
+def unlike(a: Run, b: Run) -> list[str]:
+    """What must be the same for a difference to be the service's, and isn't."""
+    return [name for name in LOAD if a.setup.get(name) != b.setup.get(name)]
 
 
 def _differences(differences: Sequence[Difference]) -> str:

@@ -1,7 +1,6 @@
 """The command line of `python -m loadtest limits`: what to measure; the table and the line of JSON."""
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from loadtest.lab.bodies import for_bundle
 from loadtest.limits.measure import POOL, QUICK, UNLOADED_RATE, Lengths, Limits, Ratio, measure_limits
 
 BUNDLE = Path("models/bundles/w1")
@@ -20,7 +20,7 @@ BUNDLE = Path("models/bundles/w1")
 
 def add_arguments(limits: argparse.ArgumentParser) -> None:
     limits.add_argument("--bundle", type=Path, default=BUNDLE)
-    limits.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, else the golden ones")
+    limits.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, or made up, if absent")
     limits.add_argument("--rate", type=float, help="requests a second, instead of half of the highest, which is found")
     limits.add_argument("--unloaded-rate", type=float, default=UNLOADED_RATE, help="requests a second for p50")
     limits.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -54,6 +54,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         print(f"not measured: {e}", file=sys.stderr)
         return 1
     report(found, sys.stdout)
+    if parsed.quick:
+        print("\n--quick: too short to be a measurement")
     if parsed.json:
         facts = {"bundle": parsed.bundle.name, "is_quick": parsed.quick, "seconds": round(time.monotonic() - began)}
         print(json.dumps({"bench": "limits"} | machine() | facts | as_json(found)))
@@ -62,21 +64,10 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
 def read_requests(parser: argparse.ArgumentParser, bundle: Path, requests: Path | None) -> list[bytes]:
     """The pool, one JSON body a request. Ends the program with 2 if there is none."""
-    manifest = bundle / "manifest.json"
-    if not manifest.is_file():
-        parser.error(f"{manifest} isn't there")
-    file = requests or bundle.with_name(f"{bundle.name}.requests.jsonl")
-    if file.is_file():
-        with file.open("rb") as lines:
-            pool = list(itertools.islice((line.strip() for line in lines if line.strip()), POOL))
-    elif requests:
-        parser.error(f"{requests} isn't there")
-    else:
-        golden = json.loads(manifest.read_bytes()).get("golden", [])
-        pool = [json.dumps(g["request"]).encode() for g in golden]
-    if not pool:
-        parser.error(f"no requests in {file}, and no golden ones in the bundle")
-    return pool
+    try:
+        return for_bundle(bundle, POOL, requests)
+    except (ValueError, OSError) as e:
+        parser.error(f"--bundle, --requests: {e}")
 
 
 def progress(began: float) -> Callable[[str], None]:

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from loadtest import launch, search
+from loadtest.lab.bodies import for_bundle
 from loadtest.plan import bundles, calibration, measure
-from loadtest.plan.calibration import Calibration, CalibrationError, Configuration
+from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, latencies, model
 from loadtest.plan.speed import probing
@@ -66,7 +67,7 @@ def _error(name: str, predicted: float, measured: float, most: float) -> Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--requests", type=Path, help="JSON requests, one a line; BUNDLE.requests.jsonl")
+    parser.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, or made up")
     parser.add_argument("--calibration", type=Path, help="one of this bundle at these widths, instead of measuring it")
     parser.add_argument("--only", type=numbers, metavar="N[,N]", help="these configurations only, by number from 1")
     parser.add_argument("--quick", action="store_true", help="short runs, to see that it works: no measurement")
@@ -74,10 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     """Returns the exit code."""
-    requests = parsed.requests or bundles.requests_of(parsed.bundle)
-    for path in (parsed.bundle / "manifest.json", requests):
-        if not path.exists():
-            parser.error(f"{path} isn't there")
+    try:
+        bodies = for_bundle(parsed.bundle, measure.POOL, parsed.requests)
+    except (ValueError, OSError) as e:
+        parser.error(f"--bundle, --requests: {e}")
     allowed = range(1, len(OTHERS) + 1)
     chosen = parsed.only or list(allowed)[: 2 if parsed.quick else None]
     if not set(chosen) <= set(allowed):
@@ -90,7 +91,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     rows = []
     with bundles.folder_beside(parsed.bundle) as folder:
         try:
-            calibrated = _calibrated(parsed, folder, requests, say)
+            calibrated = _calibrated(parsed, folder, bodies, say)
         except (CalibrationError, RuntimeError, OSError) as e:
             print(f"refused: {e}", file=sys.stderr)
             return 2
@@ -101,7 +102,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             say(f"{number}: {row.configuration} …")
             try:
                 bundle = bundles.at_widths(parsed.bundle, folder, retrieve, rerank)
-                _measure(row, bundle, requests, calibrated, is_quick=parsed.quick, say=say)
+                _measure(row, bundle, bodies, calibrated, is_quick=parsed.quick, say=say)
             except (RuntimeError, OSError) as e:  # the others are still worth having; this one misses its bars
                 say(f"  could not be measured: {e}")
                 row.notes.append(f"not measured: {type(e).__name__}")
@@ -122,25 +123,31 @@ def numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 
-def _calibrated(parsed: argparse.Namespace, folder: Path, requests: Path, say: Callable[[str], None]) -> Calibration:
+def _calibrated(
+    parsed: argparse.Namespace, folder: Path, bodies: Sequence[bytes], say: Callable[[str], None]
+) -> Calibration:
     """As it was kept, or measured now. Raises CalibrationError for one that isn't of this bench's own configuration."""
     if parsed.calibration:
         found = calibration.read(parsed.calibration)
         if (found.base.retrieve, found.base.rerank, found.base.workers) in OTHERS:
             raise CalibrationError(f"{parsed.calibration}: {found.base} is one of those to be predicted")
-        wanted = f"{parsed.bundle.name}-{BASE[0]}-{BASE[1]}"
-        if found.bundle != wanted:
-            raise CalibrationError(f"{parsed.calibration}: is of the bundle {found.bundle}, not of {wanted}")
+        check_is_of(found, parsed.bundle)
         return found
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
-    return measure.calibrate(narrow, requests, BASE[2], say, is_quick=parsed.quick)
+    return measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick)
 
 
 # --------------------------------------------------------------------------------------- one configuration
 
 
 def _measure(
-    row: Row, bundle: Path, requests: Path, calibrated: Calibration, *, is_quick: bool, say: Callable[[str], None]
+    row: Row,
+    bundle: Path,
+    bodies: Sequence[bytes],
+    calibrated: Calibration,
+    *,
+    is_quick: bool,
+    say: Callable[[str], None],
 ) -> None:
     """Fill the row. Raises RuntimeError when the service can't be measured."""
 
@@ -148,7 +155,7 @@ def _measure(
         return model(calibrated, row.configuration, scale=speed_s / calibrated.speed_s, has_client=True)
 
     with probing() as probe, measure.serve(bundle, row.configuration) as server:
-        target = measure.aim(server, measure.read_bodies(requests), probe)
+        target = measure.aim(server, bodies, probe)
         measure.single(target, row.configuration.rerank, 100)
         steps: list[tuple[float, float]] = []
         step_s = 2.0 if is_quick else STEP_S

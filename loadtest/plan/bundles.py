@@ -3,11 +3,14 @@ processes of its own (`python -m models rewidth | synthesize`), beside the one t
 """
 
 import contextlib
+import hashlib
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loadtest.launch import ROOT
 
@@ -19,6 +22,16 @@ def folder_beside(bundle: Path) -> Iterator[Path]:
     """A folder on the bundle's file system, so that files can be links; removed at the end."""
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.plan.", dir=bundle.parent) as folder:
         yield Path(folder)
+
+
+def manifest_of(bundle: Path) -> Any:
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def contents_of(manifest: Any) -> str:
+    """SHA-256 over those of the bundle's files: the same at all widths of one bundle, and of no other."""
+    sums = sorted((name, file["sha256"]) for name, file in manifest["files"].items())
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def at_widths(bundle: Path, folder: Path, retrieve: int, rerank: int) -> Path:
@@ -35,10 +48,6 @@ def world(folder: Path, items: int, hidden: tuple[int, ...], d: int) -> Path:
     units = ",".join(map(str, hidden))
     _make("synthesize", "--items", items, "--hidden", units, "--dim", d, "--out", out, "--name", out.name)
     return out
-
-
-def requests_of(bundle: Path) -> Path:
-    return bundle.with_name(f"{bundle.name}.requests.jsonl")
 
 
 def _make(*command: object) -> None:

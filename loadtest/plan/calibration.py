@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 2
+FORMAT = 3
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -82,19 +83,25 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. contention, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left."""
+    """One calibration. contention, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
+
+    search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the caller named it. contents:
+    of its files, whatever its widths (bundles.py).
+    """
 
     date: str
     machine: str
     versions: dict[str, str]
     cores: int
     bundle: str
-    digest: str
+    path: str
+    contents: str
     items: int
     d: int
     kind: str
     model_bytes: int
     base: Configuration
+    search_share: float
     speed_s: float
     speeds: tuple[float, ...]
     demand: Demand
@@ -123,6 +130,15 @@ def read(file: Path) -> Calibration:
         raise CalibrationError(f"{file}: {e.strerror}; `plan --calibrate` makes it") from e
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
         raise CalibrationError(f"{file}: is no calibration ({e!r}); calibrate again") from e
+
+
+def check_is_of(calibration: Calibration, bundle: Path) -> None:
+    """Raises CalibrationError when another bundle was measured, OSError when this one can't be read."""
+    if contents_of(manifest_of(bundle)) != calibration.contents:
+        raise CalibrationError(
+            f"{bundle}: the calibration is of {calibration.path}, with other files; "
+            "calibrate again (--calibrate), or name that --bundle or another --calibration"
+        )
 
 
 PARTS: dict[str, Any] = {

@@ -12,22 +12,30 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.lab.bodies import for_bundle
 from loadtest.lab.options import number
 from loadtest.plan import bundles, calibration, classic, complexity, draw, measure, memory, planning, report, widths
-from loadtest.plan.calibration import Calibration, CalibrationError
+from loadtest.plan.calibration import Calibration, CalibrationError, check_is_of
 from loadtest.plan.planning import Question
 
 BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
 MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in two minutes"
 NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
-POINTS = 9  # of a what-if
+POINTS, FEW = 9, 12  # of a what-if; so many whole numbers are all tried
 # What --what-if may vary → whether it is a whole number
 VARIED = {
     "qps": False, "p99": False, "items": True, "cores": True, "workers": True, "retrieve": True, "rerank": True,
     "shards": True, "documents": True, "doc-ms": False,
 }  # fmt: skip
 NONE = (planning.Interval(float("nan"), float("nan"), float("nan")),) * 2  # p50 and p99 where there are none
-BY_HAND = ("shards", "documents", "doc-ms")
+BY_HAND, BOTH = ("shards", "documents", "doc-ms"), ("qps",)  # of these
+# Options of one kind of plan only
+FOR_HAND = ("documents", "shards", "fan_out_ms")
+CALIBRATED = (
+    "retrieve", "rerank", "quality_floor", "cores", "workers", "price", "bundle", "requests", "calibrate",
+    "complexity", "quick",
+)  # fmt: skip
+DOCUMENTS = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,73 +52,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=number(0), help="of a core-hour, in any currency")
     parser.add_argument("--what-if", type=varied, metavar="PARAM=A..B", help=f"vary one of {', '.join(VARIED)}")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where --what-if draws")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="what is served; its widths, losses and sizes")
-    parser.add_argument("--requests", type=Path, help="JSON requests, one a line; BUNDLE.requests.jsonl")
+    what = f"what is served: its widths, losses and sizes; the calibration's, or {BUNDLE} to calibrate, if absent"
+    parser.add_argument("--bundle", type=Path, help=what)
+    what = "to calibrate with, JSON, one a line; BUNDLE.requests.jsonl, or made up from its users, if absent"
+    parser.add_argument("--requests", type=Path, help=what)
     parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="where it is kept")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first: two minutes")
     parser.add_argument("--complexity", action="store_true", help="fit exponents on worlds of several sizes: minutes")
     parser.add_argument("--quick", action="store_true", help="a short calibration, to see that it works")
     by_hand = parser.add_argument_group("by hand, without a calibration")
     by_hand.add_argument("--doc-ms", type=number(0, is_open=True), help="milliseconds a document in the deep model")
-    by_hand.add_argument("--documents", type=whole, default=500)
-    by_hand.add_argument("--shards", type=whole_list, default=[1, 5], help="such as 1,5")
-    by_hand.add_argument("--fan-out-ms", type=number(0), default=0.0, help="milliseconds a shard, of who deals out")
+    by_hand.add_argument("--documents", type=whole, help=f"{DOCUMENTS} if absent")
+    by_hand.add_argument("--shards", type=whole_list, help="such as 1,5, which it is if absent")
+    by_hand.add_argument("--fan-out-ms", type=number(0), help="milliseconds a shard, of who deals out; 0 if absent")
 
 
 def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     """Returns the exit code."""
-    if parsed.what_if and (parsed.what_if.name in BY_HAND) != (parsed.doc_ms is not None and not _is_shared(parsed)):
+    is_by_hand = parsed.doc_ms is not None
+    for option in CALIBRATED if is_by_hand else FOR_HAND:
+        if getattr(parsed, option) not in (None, False):
+            kind = "without --doc-ms" if is_by_hand else "with --doc-ms"
+            parser.error(f"--{option.replace('_', '-')}: allowed only {kind}")
+    if parsed.what_if and is_by_hand != (parsed.what_if.name in BY_HAND) and parsed.what_if.name not in BOTH:
         parser.error(f"--what-if: {', '.join(BY_HAND)} go with --doc-ms, the others without")
-    if parsed.doc_ms is not None:
-        if max(parsed.shards) > parsed.documents:
-            parser.error(f"--shards: at most one a document, {parsed.documents}")
+    parsed.documents, parsed.shards = parsed.documents or DOCUMENTS, parsed.shards or [1, 5]
+    if max(parsed.shards) > parsed.documents:
+        parser.error(f"--shards: at most one a document, {parsed.documents}")
+    if is_by_hand:
         return _by_hand(parsed)
-    for path in (parsed.bundle / "manifest.json", parsed.requests or bundles.requests_of(parsed.bundle)):
-        is_read = parsed.calibrate or (path.name == "manifest.json" and parsed.calibration.exists())
-        if is_read and not path.exists():
-            parser.error(f"{path} isn't there: name a --bundle (and its --requests), or make one: {MADE_BY}")
     try:
-        known = _calibrate(parsed) if parsed.calibrate or parsed.complexity else calibration.read(parsed.calibration)
+        known = _calibration(parser, parsed)
+        check_is_of(known, parsed.bundle or Path(known.path))
         return _planned(parsed, known)
+    except BrokenPipeError:
+        raise
     except (CalibrationError, ValueError, RuntimeError, OSError) as e:
         print(f"refused: {e}", file=sys.stderr)
         return 2
 
 
-def _is_shared(parsed: argparse.Namespace) -> bool:
-    """Whether what is varied goes with both kinds of plan."""
-    return parsed.what_if is not None and parsed.what_if.name == "qps"
-
-
 # ------------------------------------------------------------------------------------------ calibrated
 
 
-def _calibrate(parsed: argparse.Namespace) -> Calibration:
+def _calibration(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Calibration:
+    """As it is kept; measured first, or added to, where that is asked for."""
+    if not parsed.calibrate and not parsed.complexity:
+        return calibration.read(parsed.calibration)
     began = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    bundle = parsed.bundle
     if parsed.calibrate:
-        full = measure.manifest_of(bundle)["funnel"]
+        bundle = parsed.bundle or BUNDLE
+        if not (bundle / "manifest.json").exists():
+            parser.error(f"--bundle {bundle}: there is none; name one, or make one: {MADE_BY}")
+        full, asked = bundles.manifest_of(bundle)["funnel"], for_bundle(bundle, measure.POOL, parsed.requests)
         workers = parsed.workers or max(2, parsed.cores or 2)
         with bundles.folder_beside(bundle) as folder:
             retrieve, rerank = (max(full["k"], full[width] // NARROW) for width in ("retrieve", "rerank"))
             narrow = bundles.at_widths(bundle, folder, retrieve, rerank)
-            requests = parsed.requests or bundles.requests_of(bundle)
-            known = measure.calibrate(narrow, requests, workers, say, is_quick=parsed.quick)
+            known = measure.calibrate(narrow, asked, workers, say, source=bundle, is_quick=parsed.quick)
     else:
         known = calibration.read(parsed.calibration)
     if parsed.complexity:
-        known = complexity.measured(known, bundle, say, is_quick=parsed.quick)
+        known = complexity.measured(known, parsed.bundle or Path(known.path), say, is_quick=parsed.quick)
     calibration.write(known, parsed.calibration)
     say(f"kept in {parsed.calibration}")
     return known
 
 
 def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
-    manifest = measure.manifest_of(parsed.bundle)
+    bundle = parsed.bundle or Path(known.path)
+    manifest = bundles.manifest_of(bundle)
     full = manifest["funnel"]
     question = Question(
         qps=parsed.qps,
@@ -136,7 +151,7 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
     plan = planning.plan(known, question)
     is_other = question.items != known.items
     kind = memory.kind_for(question.items, known.d, question.retrieve) if is_other else known.kind
-    tables = memory.tables(parsed.bundle)
+    tables = memory.tables(bundle)
     held = memory.machine_bytes(known, tables, question.items, kind, plan.configuration.workers)
     print("\n".join(report.plan_lines(known, question, plan, held)))
     times = memory.machine_bytes(known, tables, known.items, known.kind, known.base.workers) / known.memory.pss
@@ -178,7 +193,7 @@ def _charts(question: Question) -> list[tuple[str, tuple[tuple[str, str, str], .
 
 
 def _by_hand(parsed: argparse.Namespace) -> int:
-    asked = classic.Sum(parsed.documents, parsed.doc_ms / 1e3, parsed.fan_out_ms / 1e3)
+    asked = classic.Sum(parsed.documents, parsed.doc_ms / 1e3, (parsed.fan_out_ms or 0.0) / 1e3)
     if parsed.what_if:
         shards = parsed.shards[-1]
 
@@ -225,7 +240,7 @@ class Varied:
 
 
 def varied(text: str) -> Varied:
-    """PARAM=A..B as up to nine values, evenly spread in ratio. Raises ArgumentTypeError."""
+    """PARAM=A..B as up to nine values, evenly spread in ratio, or up to FEW whole ones. Raises ArgumentTypeError."""
     name, _, span = text.partition("=")
     low, _, high = span.partition("..")
     if name not in VARIED:
@@ -236,6 +251,10 @@ def varied(text: str) -> Varied:
         raise argparse.ArgumentTypeError(f"{span!r} is no range A..B") from e
     if not 0 < first < last:
         raise argparse.ArgumentTypeError(f"{span!r}: allowed is 0 < A < B")
+    if VARIED[name] and (first != int(first) or last != int(last)):
+        raise argparse.ArgumentTypeError(f"{span!r}: {name} is a whole number")
+    if VARIED[name] and last - first < FEW:
+        return Varied(name, tuple(range(int(first), int(last) + 1)))
     values = np.geomspace(first, last, POINTS)
     return Varied(name, tuple(sorted({round(v) for v in values}) if VARIED[name] else values.tolist()))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loadtest.lab import bodies
 from loadtest.plan import bundles, measure
 from loadtest.plan.calibration import Calibration, Configuration
 from loadtest.plan.costs import Exponent, power
@@ -68,11 +69,11 @@ def fitted(points: Sequence[Point]) -> dict[str, dict[str, Exponent]]:
 
 
 def _points(bundle: Path, items: int, probe: Probe, speed_s: float, requests: int) -> list[Point]:
-    made = measure.manifest_of(bundle)["funnel"]["retrieve"]
+    made = bundles.manifest_of(bundle)["funnel"]["retrieve"]
     configuration = Configuration(made, 0, WORKERS, measure.UNHURRIED_S)
     runs: dict[int, list[Single]] = {}
     with measure.serve(bundle, configuration) as server:
-        target = measure.aim(server, measure.read_bodies(bundles.requests_of(bundle)), probe)
+        target = measure.aim(server, bodies.for_bundle(bundle, measure.POOL), probe)
         measure.single(target, WIDTHS[0], requests)
         for _ in range(TIMES):
             for width in WIDTHS:

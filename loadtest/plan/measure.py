@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from loadtest.arrivals import poisson
 from loadtest.launch import Server
 from loadtest.observed import Observed, joined
 from loadtest.open_loop import Attack, attack
-from loadtest.plan import fit
+from loadtest.plan import bundles, fit
 from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import niceness, read_memory, spent
@@ -66,29 +66,25 @@ def aim(server: Server, bodies: Sequence[bytes], probe: Probe) -> Target:
     return Target(server, bodies, probe, tuple(server.workers().values()))
 
 
-def read_bodies(file: Path, most: int = POOL) -> list[bytes]:
-    with file.open("rb") as lines:
-        bodies = list(islice((x.strip() for x in lines if x.strip()), most))
-    if not bodies:
-        raise RuntimeError(f"{file}: no requests in it")
-    return bodies
+def calibrate(
+    bundle: Path, asked: Sequence[bytes], workers: int, say: Say, *, source: Path | None = None, is_quick: bool = False
+) -> Calibration:
+    """Serve the bundle and measure it with these requests; `source` is what it was narrowed from.
 
-
-def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick: bool = False) -> Calibration:
-    """Serve the bundle and measure it. Raises RuntimeError when it can't be."""
-    manifest = manifest_of(bundle)
+    Raises RuntimeError when it can't be measured.
+    """
+    manifest = bundles.manifest_of(bundle)
     funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
     base = Configuration(funnel["retrieve"], funnel["rerank"], workers, UNHURRIED_S)
     short = 10 if is_quick else 1
     with probing() as probe, serve(bundle, base) as server:
-        target = aim(server, read_bodies(requests), probe)
+        target = aim(server, asked, probe)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
         demand, speeds = _demand(target, base, short, say)
         reference = float(np.median(speeds))
         memory = read_memory(server, bundle)
         loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
-        digest = str(server.serving().get("digest", ""))
     speeds += [speed for run in loaded for speed in run.speeds]
     if loaded:
         per_client = [run.client_s * reference / np.mean(run.speeds) for run in loaded]
@@ -99,12 +95,14 @@ def calibrate(bundle: Path, requests: Path, workers: int, say: Say, *, is_quick:
         versions={"python": platform.python_version()} | {p: version(p) for p in ("onnxruntime", "faiss-cpu", "numpy")},
         cores=os.cpu_count() or 1,
         bundle=bundle.name,
-        digest=digest,
+        path=str(source or bundle),
+        contents=bundles.contents_of(manifest),
         items=retriever["n"],
         d=dimension(bundle),
         kind=retriever["kind"],
         model_bytes=(bundle / "re_ranker.onnx").stat().st_size,
         base=base,
+        search_share=funnel["budgets"]["retrieval"],
         speed_s=reference,
         speeds=tuple(speeds),
         demand=demand,
@@ -124,10 +122,6 @@ def serve(bundle: Path, configuration: Configuration) -> Any:
     return launch.service(bundle, configuration.workers, log=NO_LOG, SLA_MS=f"{configuration.sla_s * 1e3:g}")
 
 
-def manifest_of(bundle: Path) -> Any:
-    return json.loads((bundle / "manifest.json").read_text())
-
-
 def dimension(bundle: Path) -> int:
     return int(np.load(bundle / "items/embedding.npy", mmap_mode="r").shape[1])
 
@@ -137,11 +131,11 @@ def dimension(bundle: Path) -> int:
 
 def single(target: Target, rerank: int, n: int) -> Single:
     """Send n requests of this width, each when the one before is answered."""
-    bodies = target.with_fields(rerank_count=rerank)
+    sent = target.with_fields(rerank_count=rerank)
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)) as connection:
-        _ask(connection, bodies[-1])  # opens the connection, and isn't counted
+        _ask(connection, sent[-1])  # opens the connection, and isn't counted
         before = spent(target.server.process.pid, target.pids)
-        answers = [_ask(connection, bodies[i % len(bodies)]) for i in range(n)]
+        answers = [_ask(connection, sent[i % len(sent)]) for i in range(n)]
         used = spent(target.server.process.pid, target.pids).since(before, n)
     whole = [answer for answer in answers if not answer["degraded"]]
     if 2 * len(whole) < n:

@@ -3,9 +3,10 @@
 Requests are spread over machines at random, so each sees Poisson arrivals of its share: one is simulated, and the
 others are like it. More than one machine was never measured here, and a plan says so.
 
-The highest rate at the SLA is where the simulated p99 reaches 0.85 of it: there the service begins to narrow the
-funnel, and a rate at which it does isn't one at full quality. Intervals come from the speeds that the calibration met
-(their 10th and 90th percentile), two seeds, and, for another catalogue, the interval of the exponent.
+The highest rate at the SLA is where one request in a hundred makes the service narrow its funnel, and full quality
+ends: it takes 0.85 of the SLA, or it waited so long that its search isn't over by the bundle's budget for retrieval.
+Intervals come from the speeds that the calibration met (their 10th and 90th percentile), two seeds, and, for another
+catalogue, the interval of the exponent.
 """
 
 import math
@@ -18,7 +19,6 @@ from loadtest.plan.calibration import Calibration, Configuration
 from loadtest.plan.costs import Exponent, Line
 from loadtest.plan.recipe import Model, latencies, model
 
-NARROWS_AT = 0.85  # of the SLA: the service steers its 99th percentile there, and narrows the funnel beyond
 REQUESTS = 4_000  # simulated for a yes or no
 EXPECTED_REQUESTS = 8_000  # for a figure that is shown
 WITHIN = 0.02  # of a rate that is searched
@@ -124,7 +124,7 @@ def with_workers(one: Model, workers: int) -> Model:
 
 @lru_cache
 def highest_rate(one: Model, requests: int, run_s: float = math.inf) -> float:
-    """Requests a second at which the simulated p99 is NARROWS_AT of the SLA; 0 if a lone request is slower.
+    """Requests a second at which one in a hundred makes the service narrow; 0 if a lone request does.
 
     run_s: the length of a run that begins without anybody, as measurements do; by default there is one long run.
     """
@@ -132,7 +132,7 @@ def highest_rate(one: Model, requests: int, run_s: float = math.inf) -> float:
     def holds(rate: float) -> bool:
         runs = max(1, math.ceil(requests / rate / run_s))
         met = latencies([one] * runs, rate, max(requests / rate, runs * run_s if runs > 1 else 0.0))
-        return bool(np.percentile(met, 99) <= NARROWS_AT * one.configuration.sla_s)
+        return bool(np.percentile(met, 99) <= one.narrows_at_s)
 
     high = one.bound
     low = high / 64

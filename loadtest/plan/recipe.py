@@ -17,6 +17,7 @@ from loadtest.plan.calibration import Calibration, Configuration, Demand
 from loadtest.plan.simulation import Floats, Machine, Simulated, Station, Step, simulate
 
 ALONE = 0.3  # of the SLA, for re-ranking by one worker (the service's rule, as the next; a test holds both to it)
+NARROWS_AT = 0.85  # of the SLA: the service steers its 99th percentile there, and narrows the funnel beyond
 MIN_SHARD = 16  # rows: fewer are not worth a shard of their own
 MORE_THREADS, MOST_THREADS = 4, 32  # of asyncio's own pool: so many more than cores, and the most
 # CPU of the loop a shard, roughly: no calibration measures it. A shard comes back in slices, so longer ones cost more.
@@ -32,7 +33,8 @@ STALLS = 0.9  # quantile of a shape beyond which it is the machine that stalled,
 class Model:
     """What is simulated: who there is, and what a request takes them.
 
-    base: what the demand's shapes were measured in. scale: seconds over those of the calibration.
+    base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
+    SLA, by which the search must be over, or the service narrows it.
     """
 
     demand: Demand
@@ -41,6 +43,7 @@ class Model:
     machine: Machine
     has_client: bool = False
     scale: float = 1.0
+    search_share: float = 1.0
 
     @property
     def stations(self) -> list[Station]:
@@ -103,6 +106,13 @@ class Model:
         """The loop's CPU to deal out shards and to collect them."""
         return self.shards(c) * FAN_OUT_S if self.is_shared(c) else 0.0
 
+    @property
+    def narrows_at_s(self) -> float:
+        """The latency from which on the service narrows: close to the SLA, or where the search is late before that."""
+        means, c = self.means(), self.configuration
+        after_s = means["preranking"] + means["reranking"] / self.shards(c) + means["loop"] / 2 + means["client"]
+        return min(NARROWS_AT * c.sla_s, self.search_share * c.sla_s + after_s)
+
     def at(self, rate: float, seconds: float, seed: int = 0) -> Simulated:
         """What Poisson arrivals of this rate meet for so long; never more than 40,000 requests of it."""
         rng = np.random.default_rng([seed, 7])
@@ -152,7 +162,8 @@ def model(
 ) -> Model:
     """The calibrated service in another configuration; scale: how much slower the machine is than it was."""
     machine = Machine(cores or calibration.cores, calibration.contention, calibration.wake_s * scale)
-    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale)
+    share = calibration.search_share
+    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale, share)
 
 
 def latencies(models: list[Model], rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from loadtest.plan.calibration import SIZES, STAGES, Calibration
 from loadtest.plan.classic import Sum
 from loadtest.plan.costs import Line
 from loadtest.plan.memory import GIB, KINDS, index_bytes, kind_for
-from loadtest.plan.planning import NARROWS_AT, Interval, Plan, Question, growth_of
+from loadtest.plan.planning import Interval, Plan, Question, growth_of
 from loadtest.plan.recipe import FAN_OUT_S
 from loadtest.plan.widths import Choice
 
@@ -33,7 +33,7 @@ def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_
         if plan.per_million is not None:
             yield _row("a million requests", f"{plan.per_million:.3g} at {question.price:g} a core-hour")
     else:
-        yield f"no rate keeps p99 under {NARROWS_AT:.0%} of the SLA on {question.cores} cores: one alone is too slow"
+        yield f"no rate keeps the full funnel in time on {question.cores} cores: one request alone is too slow"
     yield _row("CPU of a request", ", ".join(f"{who} {s * 1e3:.2f} ms" for who, s in plan.stage_s.items() if s))
     yield ""
     yield from _provenance(calibration, question, plan)

@@ -84,7 +84,7 @@ async def test_an_answer_has_the_schema_that_is_published(app):
     assert answer.coverage.model_dump() == {"wanted": 32, "reranked": 32, "shards_ok": 1, "shards": 1}
     assert (answer.degraded, answer.expected_ndcg_loss, answer.empty_reason) == ([], 0.0, None)
     assert answer.ignored == {"history": 0, "candidates": 0, "exclude": 1}
-    assert set(answer.took_ms) == {"users", "retrieval", "preranking", "reranking", "selection", "total"}
+    assert set(answer.took_ms) == {"queue", "users", "retrieval", "preranking", "reranking", "selection", "total"}
     assert answer.generation.startswith("tiny@1#")
 
 
@@ -871,7 +871,7 @@ async def test_a_request_is_one_line_of_json(app, caplog, request_, status, outc
     if status == 200:
         assert line["generation"].startswith("tiny@1#")
         assert (line["n"], line["wanted"], line["reranked"], line["degraded"]) == (5, 32, 32, [])
-        assert set(line["stage_ms"]) == {"retrieval", "preranking", "reranking", "selection"}
+        assert set(line["stage_ms"]) == {"queue", "users", "retrieval", "preranking", "reranking", "selection"}
 
 
 async def test_a_504_is_logged_with_its_stages_and_its_time_is_counted(app, service, monkeypatch, caplog):
@@ -882,7 +882,7 @@ async def test_a_504_is_logged_with_its_stages_and_its_time_is_counted(app, serv
     (record,) = [r for r in caplog.records if r.name == "winnow.request"]
     line = json.loads(Line().format(record))
     assert (line["status"], line["outcome"], line["degraded"]) == (504, "deadline", ["preranking: failed"])
-    assert set(line["stage_ms"]) == {"retrieval", "preranking", "reranking", "selection"}
+    assert set(line["stage_ms"]) == {"queue", "users", "retrieval", "preranking", "reranking", "selection"}
     after = samples(service)
     key = ("winnow_request_seconds_count", ("arm", "none"))
     assert after[key] - before[key] == 1

@@ -121,6 +121,13 @@ def test_the_pseudo_table_row_gives_row_numbers():
     assert arrays["history"].tolist() == [[1, 3]]
 
 
+def test_the_user_embedding_is_one_row_and_there_once_the_tower_has_made_it():
+    inputs = [ModelInput(name="user", source="user_embedding")]
+    assert request_inputs(inputs, TABLES, Person(NOBODY, {})) == {}
+    arrays = request_inputs(inputs, TABLES, Person(NOBODY, {}), np.array([3, 5], np.float32))
+    assert arrays["user"].tolist() == [[3, 5]]
+
+
 def test_item_inputs_have_a_row_for_each_candidate():
     inputs = [
         ModelInput(name="year", source="item_table", table="year"),
@@ -128,7 +135,6 @@ def test_item_inputs_have_a_row_for_each_candidate():
         ModelInput(name="tags", source="item_table", table="tags"),
         ModelInput(name="item", source="item_embedding"),
         ModelInput(name="score", source="retrieval_score"),
-        ModelInput(name="user", source="user_embedding"),
         ModelInput(name="bid", source="candidate", field="bid", default=9.0),
         ModelInput(name="slots", source="candidate", field="slots", dtype="int64", shape=(2,)),
     ]
@@ -140,7 +146,6 @@ def test_item_inputs_have_a_row_for_each_candidate():
     assert arrays["tags"].dtype == np.int64
     assert arrays["item"].tolist() == [[3, 4], [1, 0]]
     assert arrays["score"].tolist() == [2.5, 0.5]
-    assert arrays["user"].tolist() == [[3, 5]]
     assert arrays["bid"].tolist() == [[9], [9]]
     assert arrays["slots"].tolist() == [[1, 2], [3, 4]]
 

@@ -337,7 +337,7 @@ async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generati
 
     funnel = offline_funnel(generation)
     funnel.retrieval.search = lambda *_: released.wait(60)
-    query, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 0.5))
+    query, ranking, _ = await funnel.rank(resolve, Deadline(time.monotonic(), 0.5))
     released.set()
     assert resolved == [False, False]  # the first went down with its search
     assert query.person.is_known

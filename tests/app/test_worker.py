@@ -152,7 +152,7 @@ async def test_a_request_is_ranked_as_in_the_parent(child, generation, funnel, r
     send_request(child, request_)
     header, payload = child.receive()
     assert (header.kind, header.job) == (Kind.RANKED, JOB)
-    found, ranking = payload
+    found, ranking, _ = payload
     assert (found.request_id, found.k, found.ignored, found.is_strict) == (
         "r-1",
         query.k,
@@ -214,7 +214,7 @@ def test_a_request_that_is_told_to_stop_answers_with_what_there_is(generation):
     send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=10.0)
     assert begun.wait(60)
     child.tell(Kind.STOP)
-    header, (_, ranking) = child.receive()
+    header, (_, ranking, _) = child.receive()
     assert header.kind is Kind.RANKED
     assert 0 < ranking.report(Stage.RERANKING).done < world.RERANK
     assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RERANKING, "partial")]

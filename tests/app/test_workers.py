@@ -374,7 +374,7 @@ async def test_a_request_that_one_worker_ranks_has_the_ranking_of_the_offline_fu
 ):
     alone = await rank_offline(funnel, offline_query(request_, generation))
     for pool in pools.values():
-        query, ranking = await rank(running(pool, generation), request_)
+        query, ranking, _ = await rank(running(pool, generation), request_)
         assert query.request_id == "r-1"
         assert ranking.report(Stage.RERANKING).shards == 1
         assert ranking.degradations == ()
@@ -385,7 +385,7 @@ async def test_a_request_that_one_worker_ranks_has_the_ranking_of_the_offline_fu
 async def test_many_requests_at_once_get_each_their_own_answer(pools, generation):
     funnel = running(pools[2], generation)
     answers = await asyncio.gather(*(rank(funnel, {"user": {"id": world.USER_IDS[i % 5]}, "k": 3}) for i in range(40)))
-    for i, (query, ranking) in enumerate(answers):
+    for i, (query, ranking, _) in enumerate(answers):
         assert query.person.history.tolist() == list(world.HISTORIES[i % 5])
         assert not set(world.HISTORIES[i % 5]) & set(ranking.rows.tolist())
     assert pools[2].backlog == 0
@@ -401,11 +401,11 @@ async def test_re_ranking_that_takes_one_worker_too_long_is_shared(generation, s
     pool = Watched(generation, 2, given=Given(paced_row_s=0.005))  # 32 rows of a wanted 32: 160 ms
     await pool.start()
     funnel = running(pool, generation)
-    _, shared = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
+    _, shared, _ = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
     assert shared.report(Stage.RERANKING).shards == 2
-    _, alone = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
+    _, alone, _ = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
     assert alone.report(Stage.RERANKING).shards == 1
-    _, narrow = await rank(funnel, {"user": {"id": "cho"}, "rerank_count": 4}, 0.4)
+    _, narrow, _ = await rank(funnel, {"user": {"id": "cho"}, "rerank_count": 4}, 0.4)
     assert narrow.report(Stage.RERANKING).shards == 1
     await pool.close()
 
@@ -418,7 +418,7 @@ async def test_the_request_of_a_dying_worker_is_ranked_by_another(generation):
     while not pool.workers[0].job:  # noqa: ASYNC110  (the pool has no event for it)
         await asyncio.sleep(0)
     os.kill(pool.pids()[0], signal.SIGKILL)
-    _, found = await ranking
+    _, found, _ = await ranking
     assert found.rows.tolist() == [21, 22, 23, 24, 25]
     assert found.degradations == ()
     assert (pool.outcomes["lost"], pool.sent["hedge"]) == (1, 0)
@@ -430,7 +430,7 @@ async def test_a_request_that_is_late_is_hedged_and_the_first_answer_wins(genera
     await pool.start()
     os.kill(pool.pids()[0], signal.SIGSTOP)
     pool.hedges.left = 1e6
-    _, found = await rank(running(pool, generation), {"user": {"id": "cho"}})
+    _, found, _ = await rank(running(pool, generation), {"user": {"id": "cho"}})
     assert found.rows.tolist() == [21, 22, 23, 24, 25]
     assert pool.sent["hedge"] > 0 == pool.outcomes["lost"]
     await pool.close()
@@ -457,7 +457,7 @@ async def test_a_search_that_a_filter_leaves_little_of_says_nothing_of_costs(poo
     pool = pools[1]
     before = [cost.log_scale for cost in pool.given.costs]
     filtered = {"filters": [{"field": "genres", "eq": "horror"}, {"field": "year", "lte": 1992}]}
-    _, ranking = await rank(running(pool, generation), filtered)
+    _, ranking, _ = await rank(running(pool, generation), filtered)
     found = ranking.report(Stage.RETRIEVAL)
     assert 0 < found.done < found.wanted
     assert pool.given.costs[0].log_scale == before[0]
@@ -469,7 +469,7 @@ async def test_a_request_that_no_worker_begins_in_time_is_ranked_all_the_same(ge
     os.kill(pool.pids()[0], signal.SIGSTOP)
     funnel = running(pool, generation)
     first = asyncio.create_task(rank(funnel, {"user": {"id": "cho"}}, 0.5))
-    _, found = await rank(funnel, {"user": {"id": "cho"}}, 0.5)  # this one waits behind the first
+    _, found, _ = await rank(funnel, {"user": {"id": "cho"}}, 0.5)  # this one waits behind the first
     assert len(found) == len((await first).ranking) == world.K
     assert pool.outcomes["expired"] >= 1
     assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in found.degradations
@@ -485,7 +485,7 @@ async def test_when_the_last_worker_dies_who_waits_is_ranked_without_one_at_once
     while len(pool.queue) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0)
     os.kill(pool.pids()[0], signal.SIGKILL)
-    for _, ranking in await asyncio.gather(*rankings):  # pre-ranked here; re-ranked if the next is there so soon
+    for _, ranking, _ in await asyncio.gather(*rankings):  # pre-ranked here; re-ranked if the next is there so soon
         assert set(ranking.rows.tolist()) <= set(range(21, 30))
         assert len(ranking) == world.K
     await pool.close()

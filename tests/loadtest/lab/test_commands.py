@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_attack_starts_a_service_on_a_bundle_and_keeps_what_came_of_it(bundle, t
     assert code == 0, last
     assert last["is_valid"] and last["missed"] == []
     assert run.figures.coverage == 1 and run.figures.answered == run.figures.requests > 30
-    assert {"users", "retrieval", "preranking", "reranking", "selection", "rest", "outside"} == set(run.stages)
+    assert {"queue", "users", "retrieval", "preranking", "reranking", "selection", "rest", "outside"} == set(run.stages)
     assert run.figures.server_cpu_ms > 0
     assert run.setup["quality before and after"] == [1.0, 1.0]
     (generation,) = run.setup["generation"]
@@ -191,6 +192,17 @@ def test_comparing_with_an_invalid_run_is_no_success(tmp_path, capsys):
     runs.write(made(), b)
     assert __main__.main(["compare", str(a), str(b)]) == 1
     assert "A is INVALID: the generator sent late" in capsys.readouterr().err
+    assert "an invalid run says nothing" in (tmp_path / "compare.html").read_text()
+
+
+def test_runs_under_other_loads_are_compared_with_a_warning(tmp_path, capsys):
+    a, b, slower = tmp_path / "a.json", tmp_path / "b.json", made(observed(latency_s=np.full(400, 0.02)))
+    runs.write(made(), a)
+    runs.write(replace(slower, setup=slower.setup | {"arrivals": "burst, 50/s"}), b)
+    assert __main__.main(["compare", str(a), str(b)]) == 0
+    assert "B is slower, but they differ in arrivals" in (tmp_path / "compare.html").read_text()
+    assert "arrivals: A had" in (said := capsys.readouterr()).err
+    assert "nan" not in said.out.partition("{")[0]
 
 
 # ---------------------------------------------------------------------------------------------- search

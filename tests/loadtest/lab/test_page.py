@@ -11,6 +11,7 @@ import pytest
 
 from loadtest.lab import page
 from loadtest.lab.difference import differences
+from loadtest.observed import STAGES
 from tests.loadtest.lab.made import made, observed
 
 SECTIONS = (
@@ -86,7 +87,9 @@ def test_a_report_holds_every_section_and_needs_nothing_from_elsewhere():
 
 
 def test_a_run_of_which_nothing_was_answered_can_be_looked_at():
-    seen = observed(status=np.zeros(400, np.int16), error=["unreachable"] * 400, took_s=np.full((400, 6), math.nan))
+    seen = observed(
+        status=np.zeros(400, np.int16), error=["unreachable"] * 400, took_s=np.full((400, len(STAGES)), math.nan)
+    )
     text = page.report(made(seen))
     document = assert_needs_nothing(text)
     assert tuple(document.headings) == SECTIONS

@@ -1,5 +1,7 @@
 """The command line: what is printed, drawn and refused."""
 
+import json
+import shutil
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.plan import classic, planning
+from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.calibration import write
 from loadtest.plan.command import seconds, varied, whole
 from tests.loadtest.plan.made import calibration
@@ -19,8 +22,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def known(tmp_path: Path) -> list[str]:
-    write(calibration(items=50, bundle="tiny"), tmp_path / "c.json")
+def known(tmp_path: Path, bundle: Path) -> list[str]:
+    contents = contents_of(manifest_of(bundle))
+    write(calibration(items=50, bundle="tiny", path=str(bundle), contents=contents), tmp_path / "c.json")
     return ["--calibration", str(tmp_path / "c.json")]
 
 
@@ -89,14 +93,43 @@ def test_what_is_varied_must_go_with_the_kind_of_plan(capsys: pytest.CaptureFixt
     assert "--doc-ms" in capsys.readouterr().err
 
 
+def test_a_plan_is_for_the_bundle_that_was_calibrated(
+    known: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--qps", "50", "--workers", "2", *known]) == 0  # the calibration says which that is
+    capsys.readouterr()
+    shutil.copytree(bundle, other := tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["funnel"]["rerank"] -= 1
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    asked = ["plan", "--qps", "50", "--workers", "2", *known, "--bundle", str(other)]
+    assert main(asked) == 0  # other widths of the same files
+    manifest["files"]["index.faiss"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert main(asked) == 2
+    assert f"{other}: the calibration is of {bundle}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"), [(["--doc-ms", "1", "--workers", "3"], "--workers"), (["--shards", "5"], "--shards")]
+)
+def test_an_option_of_the_other_kind_of_plan_is_refused(
+    asked: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", *asked])
+    assert capsys.readouterr().err.startswith(f"python -m loadtest plan: {named}: allowed only with")
+
+
 def test_numbers_are_read_as_people_write_them() -> None:
     assert [seconds(text) for text in ("100ms", "0.1s", "100")] == [pytest.approx(0.1)] * 3
     assert [whole(text) for text in ("100e6", "1_000", "5")] == [100_000_000, 1_000, 5]
-    assert varied("workers=1..4").values == (1, 2, 3, 4)
+    assert varied("shards=1..10").values == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert len(varied("items=1..1e6").values) == 9
     assert varied("p99=50ms..200ms").values[::8] == (pytest.approx(50), pytest.approx(200))
 
 
-@pytest.mark.parametrize("text", ["widths=1..2", "qps=5..1", "qps=0..9", "qps=a..b", "qps"])
+@pytest.mark.parametrize("text", ["widths=1..2", "qps=5..1", "qps=0..9", "qps=a..b", "qps", "workers=1.5..3"])
 def test_a_range_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         varied(text)

@@ -9,7 +9,7 @@ from app import gate
 from app.settings import Settings
 from app.stages import reranking
 from app.workers import pool
-from loadtest.plan import memory, planning, recipe
+from loadtest.plan import memory, recipe
 from loadtest.plan.calibration import Configuration
 from loadtest.plan.recipe import FAN_OUT_S, LOOP, THREADS, WORKERS, latencies, model
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration, demand
@@ -21,8 +21,15 @@ HURRIED = replace(BASE, sla_s=5 * MS)  # 0.3 of it is less than 128 rows take
 
 def test_the_service_s_rules_are_the_service_s() -> None:
     assert (recipe.MIN_SHARD, recipe.ALONE) == (reranking.MIN_SHARD, pool.ALONE)
-    assert planning.NARROWS_AT == gate.AIM
+    assert recipe.NARROWS_AT == gate.AIM
     assert Settings().spares == memory.SPARES
+
+
+def test_full_quality_ends_where_a_search_is_late() -> None:
+    """0.4 of 100 ms, and what comes after the search: stages of 0.2 and 1.58 ms, half of the loop's, a client's 0.4."""
+    one = model(CALIBRATION, replace(BASE, sla_s=0.1), has_client=True)
+    assert one.narrows_at_s == pytest.approx(40 * MS + (0.2 + 1.58 + 0.5 + 0.4) * MS)
+    assert replace(one, search_share=1.0).narrows_at_s == pytest.approx(85 * MS)
 
 
 def test_a_lone_request_takes_what_its_parts_take() -> None:

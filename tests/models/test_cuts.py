@@ -1,0 +1,87 @@
+"""A bundle whose re-ranker is cut: the same answers as before, by the same service; taken only where it pays."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from app.bundle import ONCE, load
+from app.errors import BundleError
+from app.funnel import offline_funnel
+from app.manifest import sha256
+from app.warmup import offline_query, prove, rank_offline
+from models import cuts
+from models.__main__ import main
+
+REQUESTS = (
+    {"user": {"id": "ann"}, "k": 32},
+    {"user": {"history": [1021, 1041], "features": {"age": 9.5}}, "query": {"freshness": 20}},
+    {"candidates": [{"id": 1000 + row, "features": {"bid": row}} for row in (0, 7, 14)]},
+)
+
+
+@pytest.fixture
+def cut_bundle(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Whatever the clock says: with a table of items, and what the request decides in a graph of its own."""
+
+    def timed(ways, *_):
+        return {way.what: 1.0 - 0.5 * bool(way.parts.tables) for way in ways}
+
+    monkeypatch.setattr(cuts, "_timed", timed)
+    assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 0
+    return tmp_path / "cut"
+
+
+def test_a_cut_bundle_answers_as_the_whole_one(bundle: Path, cut_bundle: Path) -> None:
+    whole, parts = load(bundle), load(cut_bundle)
+    asyncio.run(prove(parts))
+    assert parts.once is not None
+    assert parts.tables["hoisted_0"].shape[0] == whole.n_items
+    for request in REQUESTS:
+        rankings = [asyncio.run(rank_offline(offline_funnel(g), offline_query(request, g))) for g in (whole, parts)]
+        np.testing.assert_array_equal(rankings[0].rows, rankings[1].rows)
+        np.testing.assert_allclose(rankings[0].scores, rankings[1].scores, atol=1e-5)
+
+
+def test_what_was_made_beforehand_is_no_feature_to_ask_for(cut_bundle: Path) -> None:
+    assert not any(name.startswith("hoisted") for name in load(cut_bundle).filterable)
+
+
+def test_a_graph_that_does_not_pay_stays_whole(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2  # some microseconds a request
+    assert "no cut of its re-ranker pays" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_graph_whose_scores_would_differ_stays_whole(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuts, "SAME", -1.0)
+    assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2
+    assert "its scores would differ by" in capsys.readouterr().out
+
+
+def test_what_is_cut_is_not_cut_again(cut_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hoist", str(cut_bundle), "--out", str(tmp_path / "again")]) == 2
+    assert "is cut already" in capsys.readouterr().err
+
+
+def test_a_part_that_does_not_fit_the_rest_is_refused(cut_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut_bundle, wrong := tmp_path / "wrong")
+    graph = onnx.load(str(wrong / ONCE))
+    name = graph.graph.output[0].name
+    graph.graph.node.append(onnx.helper.make_node("Concat", [name, name], ["twice"], axis=-1))
+    graph.graph.output[0].name = "twice"
+    graph.graph.node.append(onnx.helper.make_node("Identity", [name], ["kept"]))
+    (wrong / ONCE).write_bytes(graph.SerializeToString())
+    manifest = json.loads((wrong / "manifest.json").read_text())
+    manifest["files"][ONCE] = {"sha256": sha256(wrong / ONCE), "size": (wrong / ONCE).stat().st_size}
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"re_ranker.onnx: input"):
+        load(wrong)
