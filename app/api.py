@@ -93,10 +93,9 @@ def _of_serving(held: Serving) -> dict[str, Any]:
     manifest = held.generation.manifest
     lives = {"digest": held.generation.digest, "age_s": round(time.monotonic() - held.loaded_at, 1)}
     works = {"inflight": held.inflight, "workers": held.pool.pids()}
-    widths = manifest.funnel.model_dump(include={"retrieve", "rerank", "k"})
-    holds = {"path": str(held.generation.path), "items": manifest.retrievers[0].n, "widths": widths}
-    holds["retriever"] = manifest.retrievers[0]
-    return lives | works | holds | manifest.model_dump(include={"name", "version", "created", "offline_metrics"})
+    holds = {"items": manifest.retrievers[0].n, "retriever": manifest.retrievers[0], "path": str(held.generation.path)}
+    shown = {"name", "version", "created", "funnel", "offline_metrics"}
+    return lives | works | holds | manifest.model_dump(include=shown)
 
 
 # ----------------------------------------------------------------------------------------- POST /v1/rank

@@ -5,13 +5,11 @@ It owns these checks only: the schema and the arithmetic are features.py's, what
 Each refusal is one sentence that names the file (`BundleError`).
 """
 
-import math
-
 import numpy as np
 import onnxruntime as ort
 
 from app.errors import BundleError, require
-from app.features import HISTORY_FEATURES, ROW, FeatureSchema, Inputs, ModelInput, Tables, item_inputs, request_inputs
+from app.features import ROW, FeatureSchema, Inputs, ModelInput, Tables, item_inputs, named_features, request_inputs
 from app.flow import Array, Candidates, Person
 from app.manifest import opening
 
@@ -25,7 +23,7 @@ def check_graph(
 ) -> None:
     """Every input of the graph is bound once, and what is bound has the graph's type and shape.
 
-    once: a graph that makes some of them, and reads what is bound as well.
+    once: a graph that makes some of them, and reads what is bound as well; golden requests show whether the two fit.
     """
     made = [o.name for o in once.get_outputs()] if once else []
     nodes = [i for graph in (once, session) if graph for i in graph.get_inputs()]
@@ -40,26 +38,21 @@ def check_graph(
         is_there = i.table in (None, ROW, *readable)
         require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
     arrays = _inputs_of_nothing(inputs, tables)
-    for node in nodes:  # those of `once` first, then it can be run
-        if once and node.name in made and made[0] not in arrays:
-            feeds = {i.name: arrays[i.name] for i in once.get_inputs()}
-            with opening(file, "what makes its inputs doesn't run"):
-                arrays |= dict(zip(made, once.run(None, feeds), strict=True))
-        _check_input(node, arrays[node.name], file)
+    for node in nodes:
+        if node.name in arrays:
+            _check_input(node, arrays[node.name], file)
 
 
 def check_names(features: FeatureSchema, tables: Tables) -> None:
-    """The linear pre-ranker's features exist, and what they read has the form that their definition asks."""
+    """The linear pre-ranker's features can be made: tried on a few items, for somebody who has seen them."""
+    rows = np.arange(min(3, len(tables["embedding"])))
+    person = Person(rows, {key: spec.filled() for key, spec in features.of_request.items()})
+    scores = np.zeros(len(rows), np.float32)
+    items = Candidates(rows, scores, scores.astype(np.uint32), scores)
+    given = Inputs(tables, person, items, {key: spec.filled(len(rows)) for key, spec in features.fields.items()})
     for name in features.pre_ranker:
-        kind, _, argument = name.partition(".")
-        table, _, column = argument.partition(".")
-        if field := features.fields.get(name):
-            require(math.prod(field.shape) == 1, f"pre_ranker.npz: {name} is {field.shape}, a feature is one number")
-        elif kind in ("item", *HISTORY_FEATURES):
-            fits = table in tables and _is_readable(kind, column, tables[table])
-            require(fits, f"pre_ranker.npz: {name} finds no item table of that name and the right shape")
-        else:
-            require(kind in ("retrieval_score", "history_log_count"), f"pre_ranker.npz: no feature is named {name}")
+        with opening("pre_ranker.npz", f"{name} can't be made of what the bundle holds"):
+            named_features((name,), given)
 
 
 def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, Array]:
@@ -79,14 +72,3 @@ def _check_input(node: ort.NodeArg, array: Array, file: str) -> None:
     gives = f"{dtype} [n, {', '.join(map(str, shape))}]"
     is_same = wanted == dtype and fits
     require(is_same, f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {gives}")
-
-
-def _is_readable(kind: str, column: str, table: Array) -> bool:
-    """Whether the feature of this kind can be made from this table; see features.named_features."""
-    if table.dtype.kind not in "fiu" or (column and kind != "item"):
-        return False
-    if column:
-        return table.ndim == 2 and column.isdecimal() and int(column) < table.shape[1]
-    if kind == "history_overlap":
-        return table.dtype.kind in "iu" and table.ndim <= 2
-    return table.ndim == (1 if kind in ("item", "history_gap") else 2)

@@ -131,13 +131,14 @@ class Generation:
 
 def run_model(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> Array:
     """The first output of the graph. Raises StageFailed for whatever the runtime raises."""
-    return run_graph(session, feeds, options)[0]
+    return next(iter(run_graph(session, feeds, options).values()))
 
 
-def run_graph(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> list[Array]:
-    """All outputs of the graph. Raises StageFailed for whatever the runtime raises."""
+def run_graph(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> dict[str, Array]:
+    """The graph's outputs by name, in order; it takes what it reads. Raises StageFailed for whatever is raised."""
     try:
-        return session.run(None, dict(feeds), options)  # type: ignore[no-any-return]
+        reads = {i.name: feeds[i.name] for i in session.get_inputs()}
+        return {o.name: a for o, a in zip(session.get_outputs(), session.run(None, reads, options), strict=True)}
     except Exception as e:  # onnxruntime's exceptions have no root of their own
         raise StageFailed(f"model: {e}") from e
 

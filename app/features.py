@@ -247,6 +247,8 @@ def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, F32]
     """similarity: f32[n, h] by table, inner products with the last items of the history, newest first; kept here."""
     values, rows, newest = given.tables[table], given.candidates.rows, given.person.history[::-1][:HISTORY_READ]
     if kind == "history_overlap":
+        if values.dtype.kind == "f":
+            raise KeyError(f"{table} holds no categories")
         return _overlap(values.reshape(len(values), -1)[rows], values[newest])
     if kind == "history_gap":
         return np.abs(np.asarray(values[rows], np.float32) - np.asarray(values[newest], np.float32).mean())

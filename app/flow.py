@@ -170,9 +170,8 @@ class Candidates:
 
     def take(self, at: Positions) -> Candidates:
         """The candidates at these positions, in this order."""
-        return Candidates(
-            sealed(self.rows[at]), sealed(self.retrieval_scores[at]), sealed(self.origins[at]), self.user_embedding
-        )
+        scores, origins = sealed(self.retrieval_scores[at]), sealed(self.origins[at])
+        return Candidates(sealed(self.rows[at]), scores, origins, self.user_embedding)
 
 
 @dataclass(frozen=True, slots=True)

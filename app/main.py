@@ -6,7 +6,6 @@ flight end, then ends the workers. Servers and signals are here; what is served 
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import resource
@@ -151,10 +150,9 @@ def _listener(settings: Settings, prefix: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
-        why, name = str(e.strerror).partition(" (")[0].lower(), f"WINNOW_{prefix.upper()}"
-        if (e.errno or 0) < 0 or e.errno == errno.EADDRNOTAVAIL:  # below 0: names that lead nowhere
-            raise SettingsError(f"{name}HOST={host}: {why}; it must be an address of this machine") from e
-        raise SettingsError(f"{name}PORT={port}: {why} on {host}; choose another port") from e
+        name, why = f"WINNOW_{prefix.upper()}", str(e.strerror).partition(" (")[0].lower()
+        allowed = "allowed are an address of this machine and a free port"
+        raise SettingsError(f"{name}HOST={host}, {name}PORT={port}: {why}; {allowed}") from e
 
 
 async def serve(settings: Settings) -> int:

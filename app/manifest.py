@@ -66,11 +66,8 @@ class Retriever(Strict):
     @model_validator(mode="after")
     def _has_its_parameters(self) -> "Retriever":
         needed = SEARCH[self.kind]
-        require(
-            set(self.search) == needed,
-            f"an index of kind {self.kind} has the parameters {needed or 'none'}",
-            ValueError,
-        )
+        said = f"an index of kind {self.kind} has the parameters {needed or 'none'}"
+        require(set(self.search) == needed, said, ValueError)
         return self
 
 

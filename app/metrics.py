@@ -103,14 +103,10 @@ class Metrics:
         n = count("stage_candidates", "Candidates by edge.", COUNTS, stage=LABELS, edge=EDGES)
         score = count("score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
         self.shard_seconds = count(
-            "shard_seconds", "Time of a shard, or of a request that isn't shared, in the model.", SECONDS
+            "shard_seconds", "Of a shard, or of a whole request, in the model.", SECONDS
         ).labels()
-        self.shards = add(
-            Counter, "shards", "Shards, and requests that aren't shared, by outcome.", outcome=SHARD_OUTCOMES
-        )
-        self.rows = add(
-            Counter, "rows", "Rows' worth of work sent to workers: first, as hedges, after a death.", work=WORK
-        )
+        self.shards = add(Counter, "shards", "Shards, and whole requests, by outcome.", outcome=SHARD_OUTCOMES)
+        self.rows = add(Counter, "rows", "Rows' worth of work sent to workers: first, hedges, resends.", work=WORK)
         self.lost = add(Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS)
         self.lost.labels(USER_LATE.stage.label, USER_LATE.reason)
         self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
@@ -122,7 +118,6 @@ class Metrics:
         self.of_stage = [(seconds.labels(s), [n.labels(s, edge) for edge in EDGES]) for s in LABELS]
         self.of_score = [score.labels(s, NO_ARM) for s in RANKED]
         prometheus_client.ProcessCollector(registry=self.registry)
-        prometheus_client.PlatformCollector(registry=self.registry)
 
     def _histogram(self, name: str, what: str, edges: Sequence[float], **labels: Sequence[str]) -> Histogram:
         histogram = Histogram(f"winnow_{name}", what, edges, labels)

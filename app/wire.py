@@ -136,12 +136,8 @@ class RankResponse(Wire):
     empty_reason: str | None = Field(description="Why there is no item; null when there is one.")
     coverage: CoveragePart
     degraded: list[DegradedPart]
-    expected_ndcg_loss: float | None = Field(
-        description="Of NDCG@k, on average, against the full funnel at these widths; 0: it is that; null: not measured."
-    )
-    ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(
-        description="Ids sent that the catalogue doesn't have, or that were sent twice."
-    )
+    expected_ndcg_loss: float | None = Field(description="Of NDCG@k, against the full funnel; null: not measured.")
+    ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(description="Ids unknown, or sent twice.")
     took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for a worker, there and back.")
 
 

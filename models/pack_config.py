@@ -39,7 +39,7 @@ def _is_table_name(name: str) -> str:
         or not name.isascii()
     ):
         raise ValueError(
-            f"{name!r} can't name a table; allowed are letters, digits, _ and -, but not {', '.join(RESERVED)}, {HOISTED}…"
+            f"{name!r} can't name a table; allowed are letters, digits, _ and -, not {HOISTED}…, {', '.join(RESERVED)}"
         )
     return name
 

@@ -67,17 +67,11 @@ class ShardModel:
     def __init__(self, generation: Generation) -> None:
         self.session, self.once, self.tables = generation.re_ranker, generation.once, generation.tables
         self.inputs = generation.manifest.features.re_ranker
-        self.reads = {i.name for i in self.session.get_inputs()}
-        self.once_reads = [i.name for i in self.once.get_inputs()] if self.once else []
-        self.once_makes = [o.name for o in self.once.get_outputs()] if self.once else []
 
     def request_inputs(self, person: Person, user_embedding: F32) -> dict[str, Array]:
         """What the model gets once a request, to be handed to `score` with each of its slices. Raises StageFailed."""
         given = request_inputs(self.inputs, self.tables, person, user_embedding)
-        if self.once:
-            made = run_graph(self.once, {name: given[name] for name in self.once_reads})
-            given |= dict(zip(self.once_makes, made, strict=True))
-        return {name: array for name, array in given.items() if name in self.reads}
+        return given | run_graph(self.once, given) if self.once else given
 
     def score(self, shard: Shard, request: Arrays | None = None, options: ort.RunOptions | None = None) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""

@@ -29,6 +29,7 @@ from loadtest.plan.speed import probing
 from loadtest.table import Figure, verdict
 
 BUNDLE, SLA_S = Path("models/bundles/w1"), 0.1
+KEPT = Path("reports/capacity-calibration.json")
 BASE = (500, 125, 2)  # widths and workers of the calibration
 OTHERS = ((250, 50, 1), (250, 50, 2), (500, 60, 2), (500, 125, 1), (500, 250, 2), (1_000, 125, 2))
 SHARES = (0.5, 0.7, 0.85)  # of the highest rate
@@ -134,7 +135,10 @@ def _calibrated(
         check_is_of(found, parsed.bundle)
         return found
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
-    return measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick)
+    made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick)
+    calibration.write(made, KEPT)
+    say(f"kept in {KEPT}, for --calibration")
+    return made
 
 
 # --------------------------------------------------------------------------------------- one configuration

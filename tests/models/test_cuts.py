@@ -83,5 +83,5 @@ def test_a_part_that_does_not_fit_the_rest_is_refused(cut_bundle: Path, tmp_path
     manifest = json.loads((wrong / "manifest.json").read_text())
     manifest["files"][ONCE] = {"sha256": sha256(wrong / ONCE), "size": (wrong / ONCE).stat().st_size}
     (wrong / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"re_ranker.onnx: input"):
+    with pytest.raises(BundleError, match=r"re_ranker.onnx: input \w+ is not bound"):
         load(wrong)
