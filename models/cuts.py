@@ -79,7 +79,7 @@ def cut_where_it_pays(
 ) -> tuple[Generation, dict[str, onnx.ModelProto]]:
     """The generation with the re-ranker in parts, its tables written, and the graphs by file; or all as it was."""
     whole = _Way(hoist.Parts(model, None, None, ()), "whole")
-    ways = [whole]
+    ways, refused = [whole], dict[str, str]()
     for is_folded, has_tables in WAYS:
         what = "cut" + ", first layer folded" * is_folded + ", with a table of items" * has_tables
         try:
@@ -87,9 +87,15 @@ def cut_where_it_pays(
             way = _tried(hoist.cut(*given, is_folded=is_folded, has_tables=has_tables), what)
             _compare(whole, way, generation, trials)
         except hoist.Whole as e:
-            say(f"re-ranker: not {what}: {e}")
+            refused[str(e)] = what
         else:
             ways.append(way)
+    if len(ways) == 1:
+        say(f"re-ranker: served whole: {'; '.join(refused)}")
+        return generation, {RE_RANKER: model}
+    for why, what in refused.items():
+        if not why.startswith("no "):  # who has nothing to cut there isn't refused anything
+            say(f"re-ranker: not {what}: {why}")
     took = _timed(ways, trials, generation)
     best = min(ways, key=lambda way: took[way.what])
     said = ", ".join(f"{seconds * 1e3:.2f} ms {what}" for what, seconds in took.items())

@@ -1,11 +1,12 @@
 """pack.toml → a bundle: what any team does with its arrays and ONNX files, and what the trainers here do too.
 
-    arrays ─▶ checked, copied ─┐
-    graphs ─▶ checked, bound  ─┴▶ draft ─▶ index ─▶ calibration ─▶ loss ─▶ golden scores ─▶ proved ─▶ in place
+    arrays ─▶ checked, copied ──────┐
+    graphs ─▶ checked, bound, cut  ─┴▶ draft ─▶ index ─▶ calibration ─▶ loss ─▶ golden scores ─▶ proved ─▶ in place
 
 The draft is a directory beside the target: there is a whole bundle or none. The end is what the service itself
 does at its start (load, then the golden requests), so what was packed can be served. Every refusal is a
-PackError of one sentence. Same inputs, same files, but for `created` (SOURCE_DATE_EPOCH fixes that too). It is over
+PackError of one sentence. Same inputs, same files, but for `created` (SOURCE_DATE_EPOCH fixes that too) and for where
+the re-ranker is cut, which the clock decides (cuts.py; `may_hoist=False` leaves it whole). It is over
 250 lines because every arrow above is a step here, in that order.
 """
 

@@ -21,6 +21,7 @@ BUNDLE = Path("models/bundles/w1")
 def add_arguments(limits: argparse.ArgumentParser) -> None:
     limits.add_argument("--bundle", type=Path, default=BUNDLE)
     limits.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, or made up, if absent")
+    limits.add_argument("--kernels-of", type=Path, help="the bundle that --bundle was cut from: models hoist")
     limits.add_argument("--rate", type=float, help="requests a second, instead of half of the highest, which is found")
     limits.add_argument("--unloaded-rate", type=float, default=UNLOADED_RATE, help="requests a second for p50")
     limits.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -48,6 +49,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             unloaded_rate=parsed.unloaded_rate,
             lengths=replace(lengths, rounds=parsed.rounds or lengths.rounds),
             workers=parsed.workers,
+            kernels_of=parsed.kernels_of,
             SLA_MS=str(parsed.sla_ms),
         )
     except RuntimeError as e:

@@ -25,7 +25,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from app.bundle import Generation, load
+from app.bundle import HOISTED, Generation, load
 from app.features import HISTORY_FEATURES, Inputs, Source, named_features, read_rows, request_inputs
 
 F32, Rows, Floats, Positions = NDArray[np.float32], NDArray[np.int64], NDArray[np.float64], NDArray[np.intp]
@@ -299,7 +299,11 @@ def full_answer(kernels: Kernels, asked: Asked) -> dict[str, Any]:
 
 def main(arguments: Sequence[str], questions: TextIO, answers: TextIO) -> int:
     """The process: BUNDLE, then a line of requests, then questions until there are none. Returns the exit code."""
-    kernels = Kernels(load(Path(arguments[0])))
+    generation = load(Path(arguments[0]))
+    if generation.once or any(name.startswith(HOISTED) for name in generation.tables):
+        print(f"{arguments[0]}: its re-ranker is cut; --kernels-of names the bundle it was made from", file=sys.stderr)
+        return 2
+    kernels = Kernels(generation)
     pool = [look_up(kernels.generation, body) for body in json.loads(questions.readline())]
     usable = [asked for asked in pool if isinstance(asked, Asked)]
     requests = itertools.cycle(usable)

@@ -134,14 +134,16 @@ def measure_limits(
     unloaded_rate: float = UNLOADED_RATE,
     lengths: Lengths = Lengths(),
     workers: int = os.cpu_count() or 1,
+    kernels_of: Path | None = None,
     **settings: str,
 ) -> Limits:
     """One measurement of one bundle. rate: of the loaded runs; half of the highest, which is searched, if None.
 
+    kernels_of: the bundle whose kernels are run, where the service's was made from it and its re-ranker cut.
     settings: of the service, as in launch.service. Raises: RuntimeError where kernels and service don't agree, where
     none of the requests can be timed, or where the service gives up quality again and again.
     """
-    with bare_loop(bundle, bodies) as kernels, launch.service(bundle, workers, **settings) as server:
+    with bare_loop(kernels_of or bundle, bodies) as kernels, launch.service(bundle, workers, **settings) as server:
         if kernels.left_out:
             say(f"  left out: {kernels.left_out}")
         compare(server, kernels, lengths.compared)

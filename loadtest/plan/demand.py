@@ -13,7 +13,7 @@ from loadtest.plan.calibration import Configuration, Demand
 from loadtest.plan.costs import Line, line
 from loadtest.plan.metering import Spent
 
-COLUMNS = ("users", "retrieval", "preranking", "reranking", "selection", "total")  # of an answer's took_ms
+COLUMNS = ("queue", "users", "retrieval", "preranking", "reranking", "selection", "total")  # of an answer's took_ms
 CLIENT_GUESS_S = 4e-4  # CPU of the generator a request, until it is metered
 NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
 
@@ -22,7 +22,7 @@ NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
 class Single:
     """Requests sent one at a time at one width of re-ranking.
 
-    took: seconds by stage, f64[n, 6], in the order of COLUMNS. spent: a request.
+    took: seconds by stage, f64[n, 7], in the order of COLUMNS. spent: a request.
     """
 
     rerank: int
@@ -66,6 +66,7 @@ def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configu
         preranking=preranking,
         shard=shard,
         trip_s=max(0.0, float(rest_took.mean()) - loop_s - users_s),
+        gap_s=float(np.median(took[:, at["queue"]])),
         client_s=CLIENT_GUESS_S,
         worker_weight=NICE_WEIGHT**-nice,
         shapes=tuple(map(tuple, shapes.round(4).tolist())),

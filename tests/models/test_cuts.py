@@ -1,6 +1,7 @@
 """A bundle whose re-ranker is cut: the same answers as before, by the same service; taken only where it pays."""
 
 import asyncio
+import io
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from app.errors import BundleError
 from app.funnel import offline_funnel
 from app.manifest import sha256
 from app.warmup import offline_query, prove, rank_offline
+from loadtest.limits import kernels
 from models import cuts
 from models.__main__ import main
 
@@ -65,6 +67,11 @@ def test_a_graph_whose_scores_would_differ_stays_whole(
     monkeypatch.setattr(cuts, "SAME", -1.0)
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2
     assert "its scores would differ by" in capsys.readouterr().out
+
+
+def test_the_raw_kernels_are_those_of_the_whole_graph(cut_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main([str(cut_bundle)], io.StringIO(), io.StringIO()) == 2
+    assert "its re-ranker is cut; --kernels-of" in capsys.readouterr().err
 
 
 def test_what_is_cut_is_not_cut_again(cut_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
