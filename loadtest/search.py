@@ -9,10 +9,11 @@ import numpy as np
 
 GROWTH = 1.5  # of the rate, until it doesn't hold
 MOST_RUNS = 40
+TRIES = 2  # at a rate, before it fails
 
 
 def highest_rate(
-    holds: Callable[[float], bool], start: float, *, within: float = 0.05, tries: int = 2, least: float = 2
+    holds: Callable[[float], bool], start: float, *, within: float = 0.05, tries: int = TRIES, least: float = 2
 ) -> float:
     """The highest rate a second that holds, to a relative `within`; 0 if none from `least` up does.
 

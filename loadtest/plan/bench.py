@@ -178,8 +178,8 @@ def _measure(
         if not row.rate:
             raise RuntimeError("no rate keeps the SLA")
         near = [speed for rate, speed in steps if 1 / NEAR < rate / row.rate < NEAR]
-        row.slower = float(np.mean(near)) / calibrated.speed_s
-        row.predicted_rate = highest_rate(predicts(float(np.mean(near))), REQUESTS, step_s)
+        row.slower = float(np.median(near)) / calibrated.speed_s
+        row.predicted_rate = highest_rate(predicts(float(np.median(near))), REQUESTS, step_s, search.TRIES)
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
         for share in SHARES:
             settle(server)

@@ -54,8 +54,7 @@ class Demand:
 
     loop_s: CPU of the event loop. users_s: CPU of a worker that is no stage's: it reads the request, finds out who
     asks, selects, packs the answer. retrieval, preranking: by width; shard: re-ranking by rows. trip_s: without CPU, on
-    the way to a worker and back. gap_s: from a worker's answer until it has the next request. client_s: CPU of the load
-    generator, a request.
+    the way to a worker and back. client_s: CPU of the load generator, a request.
     shapes: of single requests, all outside the three stages, the first two, re-ranking, over their means: what the
     tails are made of.
     """
@@ -66,7 +65,6 @@ class Demand:
     preranking: Line
     shard: Line
     trip_s: float
-    gap_s: float
     client_s: float
     worker_weight: float
     shapes: tuple[tuple[float, float, float], ...]

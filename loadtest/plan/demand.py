@@ -66,7 +66,6 @@ def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configu
         preranking=preranking,
         shard=shard,
         trip_s=max(0.0, float(rest_took.mean()) - loop_s - users_s),
-        gap_s=float(np.median(took[:, at["queue"]])),
         client_s=CLIENT_GUESS_S,
         worker_weight=NICE_WEIGHT**-nice,
         shapes=tuple(map(tuple, shapes.round(4).tolist())),

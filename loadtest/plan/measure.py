@@ -42,6 +42,7 @@ POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
+WINDOW = 5  # probes
 LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
@@ -207,7 +208,13 @@ def run(
         due = poisson(rate, seconds / parts, 1_000 * seed + part)
         seen.append(attack(Attack(target.server.port, bodies or target.bodies, due)))
         probes.append(target.probe())
-    return joined(seen), tuple((a + b) / 2 for a, b in pairwise(probes))
+    return joined(seen), tuple((a + b) / 2 for a, b in pairwise(smoothed(probes)))
+
+
+def smoothed(probes: Sequence[float]) -> list[float]:
+    """Their running median: single probes differ by a fifth on a machine that serves at one speed."""
+    reach = WINDOW // 2
+    return [float(np.median(probes[max(0, i - reach) : i + reach + 1])) for i in range(len(probes))]
 
 
 def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float) -> Loaded:

@@ -87,15 +87,14 @@ class Model:
         of_loop, of_narrow, of_shards = drawn[rng.integers(0, len(drawn), n)].T
         n_shards, n_base = self.shards(c), self.shards(self.base)
         half, trip = (np.asarray(self.scale * s * of_loop) for s in (d.loop_s / 2, d.trip_s))
-        gap = np.full(n, self.scale * d.gap_s)
         narrow = _drawn(_narrow(means), _narrow(base), of_narrow, drawn[:, 1], rng)
         longest = _drawn(means["reranking"] / n_shards, base["reranking"] / n_base, of_shards, drawn[:, 2], rng)
-        between = [Step(WORKERS, narrow + longest, trip, gap)]
+        between = [Step(WORKERS, narrow + longest, trip)]
         if self.is_shared(c):
             between = [
                 Step(THREADS, narrow),
                 Step(LOOP, np.full(n, self.scale * self._dealing(c))),
-                Step(WORKERS, np.repeat(longest[:, None], n_shards, axis=1), trip, gap),
+                Step(WORKERS, np.repeat(longest[:, None], n_shards, axis=1), trip),
             ]
         steps = [Step(LOOP, half), *between, Step(LOOP, half)]  # requests and answers weigh about the same
         if self.has_client:
@@ -129,7 +128,6 @@ class Model:
         if not self.is_shared(c):
             of_threads, of_workers = 0.0, of_threads + of_workers
         of_cores = sum(means.values()) / self.machine.cores
-        of_workers += self.shards(c) * self.scale * self.demand.gap_s
         return 1 / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
 

@@ -5,8 +5,7 @@
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
 at work than cores each gets its share by the scheduler's weights, never more than one core; and with several cores
 busy every one of them is slower (`contention`: caches, memory, an interpreter lock). A step of several parts is over
-when the last of them is. A server may have to wait before it takes the next (`Step.gap`). Who is busy when all cores
-are also waits to be put on one (`wake_s`).
+when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
@@ -44,15 +43,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """work: CPU seconds, f64[n] or, for parts that run side by side, f64[n, parts]. pause: seconds after it, f64[n].
-
-    gap: seconds that a server then waits, without CPU, before it takes the next, f64[n].
-    """
+    """work: CPU seconds, f64[n] or, for parts that run side by side, f64[n, parts]. pause: seconds after it, f64[n]."""
 
     station: int
     work: Floats
     pause: Floats | None = None
-    gap: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +74,6 @@ def simulate(
     n, n_steps, n_stations = len(arrivals), len(steps), len(stations)
     works = [step.work.reshape(n, -1).tolist() for step in steps]
     pauses = [None if step.pause is None else step.pause.tolist() for step in steps]
-    gaps = [None if step.gap is None else step.gap.tolist() for step in steps]
     of_step = [step.station for step in steps]
     waits = iter(np.random.default_rng(seed).exponential(machine.wake_s, 4096).tolist() * (1 + n * n_steps // 1024))
     free = [station.servers for station in stations]
@@ -88,8 +82,7 @@ def simulate(
     clocks, running = [0.0] * n_stations, [0] * n_stations
     ends: list[list[tuple[float, int, int]]] = [[] for _ in stations]
     speed = _Speeds(stations, machine)
-    # (when, 0 a step begins / 1 a wait for a core ends / 2 a server takes the next, request, step)
-    later: list[tuple[float, int, int, int]] = []
+    later: list[tuple[float, int, int, int]] = []  # (when, 0 a step begins / 1 a wait for a core ends, request, step)
     woken: dict[tuple[int, int], list[float]] = {}
     left, finished = [0] * n, np.zeros(n)
     times, following, now = arrivals.tolist(), 0, 0.0
@@ -117,12 +110,6 @@ def simulate(
         running[station] += 1
         heappush(ends[station], (clocks[station] + work, request, at))
 
-    def release(station: int) -> None:
-        if queues[station]:
-            serve(station, *queues[station].popleft())
-        else:
-            free[station] += 1
-
     everybody = range(n_stations)
     while following < n or later or any(running):
         due, where = NEVER, -1
@@ -143,11 +130,10 @@ def simulate(
         if due <= arrival and due <= waiting:
             _, request, at = heappop(ends[where])
             running[where] -= 1
-            gap = gaps[at]
-            if gap is not None and gap[request] > 0:
-                heappush(later, (now + gap[request], 2, request, at))
+            if queues[where]:
+                serve(where, *queues[where].popleft())
             else:
-                release(where)
+                free[where] += 1
             left[request] -= 1
             if not left[request]:
                 pause = pauses[at]
@@ -158,10 +144,8 @@ def simulate(
                 else:
                     finished[request] = now
         elif waiting <= arrival:
-            _, what, request, at = heappop(later)
-            if what == 2:
-                release(of_step[at])
-            elif what == 1:
+            _, is_wait, request, at = heappop(later)
+            if is_wait:
                 run(of_step[at], woken[request, at].pop(), request, at)
             elif at < n_steps:
                 begin(request, at)

@@ -15,7 +15,6 @@ DEMAND = Demand(
     preranking=Line(0.1 * MS, 2e-7),
     shard=Line(0.3 * MS, 10e-6),
     trip_s=0.3 * MS,
-    gap_s=0.0,
     client_s=0.4 * MS,
     worker_weight=0.1,
     shapes=((1.0, 1.0, 1.0),),

@@ -47,14 +47,6 @@ def test_one_server_with_even_work_waits_half_of_that(load: float) -> None:
     assert seen.latency_s.mean() == pytest.approx(1 + load / (2 * (1 - load)), rel=0.05)
 
 
-def test_a_server_that_must_wait_for_its_next_is_as_busy_as_with_longer_work() -> None:
-    """Work 0.6 and a gap of 0.4: others wait as for work of 1, but nobody's own answer waits for the gap."""
-    steps = [Step(0, np.full(N, 0.6), gap=np.full(N, 0.4))]
-    seen = simulate(ARRIVALS / 0.6, steps, [Station("only", 1)], MANY)
-    whole = one_station(0.6, np.ones(N))
-    assert seen.latency_s == pytest.approx(whole.latency_s - 0.4, abs=1e-6)
-
-
 @pytest.mark.parametrize("servers", [2, 4])
 def test_several_servers_wait_as_erlang_says(servers: int) -> None:
     load = 0.7 * servers
