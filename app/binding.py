@@ -38,9 +38,8 @@ def check_graph(
         is_there = i.table in (None, ROW, *readable)
         require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
     arrays = _inputs_of_nothing(inputs, tables)
-    for node in nodes:
-        if node.name in arrays:
-            _check_input(node, arrays[node.name], file)
+    for node in (n for n in nodes if n.name in arrays):
+        _check_input(node, arrays[node.name], file)
 
 
 def check_names(features: FeatureSchema, tables: Tables) -> None:
@@ -49,7 +48,8 @@ def check_names(features: FeatureSchema, tables: Tables) -> None:
     person = Person(rows, {key: spec.filled() for key, spec in features.of_request.items()})
     scores = np.zeros(len(rows), np.float32)
     items = Candidates(rows, scores, scores.astype(np.uint32), scores)
-    given = Inputs(tables, person, items, {key: spec.filled(len(rows)) for key, spec in features.fields.items()})
+    numbers = {name: table for name, table in tables.items() if table.dtype.kind in "fiu"}
+    given = Inputs(numbers, person, items, {key: spec.filled(len(rows)) for key, spec in features.fields.items()})
     for name in features.pre_ranker:
         with opening("pre_ranker.npz", f"{name} can't be made of what the bundle holds"):
             named_features((name,), given)

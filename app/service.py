@@ -49,7 +49,8 @@ class Serving:
 class Answered:
     """A request's outcome in the terms of the generation that served it.
 
-    queue_s: the wait for a worker, with the ways there and back. users_s: to find out who asks for what.
+    queue_s: the wait for the worker that took it its whole way, and the ways there and back; 0 if none did. users_s:
+    to find out who asks for what; and whatever was waited for in that case.
     """
 
     query: Query

@@ -5,7 +5,7 @@
                 p99 over p50 at half of the highest rate
                 the highest rate, over what the raw kernels alone would allow on these cores
     W1, cut     the same CPU and the same rate over the same kernels, its re-ranker cut (python -m models hoist)
-    W2          CPU of re-ranking, cut over whole and over cut by hand (python -m models.bench_hoist)
+    W2          CPU of re-ranking, cut over whole and over cut by hand (python -m models.bench_hoisting)
 
 What each means and how it is taken is loadtest/limits/'s. Exit codes: 0, 1 when a bar is missed, 2 for what can't be
 used.
@@ -73,13 +73,16 @@ def measured(
 
 def of_w2(say: Callable[[str], None]) -> dict[str, Any]:
     """What the offline half says in its line of JSON; {} where it failed."""
-    say("W2: python -m models.bench_hoist")
-    command = [sys.executable, "-m", "models.bench_hoist"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
-    if done.returncode:
+    say("W2: python -m models.bench_hoisting")
+    command = [sys.executable, "-m", "models.bench_hoisting"]
+    try:  # exit code 1: it measured scores that differ
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        say(f"not measured: no end after {PATIENCE_S:g} s")
+    except (IndexError, ValueError):
         say(f"not measured: {(done.stderr or done.stdout).strip()[-500:]}")
-        return {}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return {}
 
 
 def figures(runs: Sequence[Limits]) -> tuple[Figure, ...]:

@@ -180,9 +180,9 @@ def _rewidth(parsed: argparse.Namespace) -> None:
 
 
 def _hoist(parsed: argparse.Namespace) -> None:
-    from models.recut import recut
+    from models.hoisted import hoist
 
-    recut(parsed.bundle, parsed.out, force=parsed.force)
+    hoist(parsed.bundle, parsed.out, force=parsed.force)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@
 The draft is a directory beside the target: there is a whole bundle or none. The end is what the service itself
 does at its start (load, then the golden requests), so what was packed can be served. Every refusal is a
 PackError of one sentence. Same inputs, same files, but for `created` (SOURCE_DATE_EPOCH fixes that too) and for where
-the re-ranker is cut, which the clock decides (cuts.py; `may_hoist=False` leaves it whole). It is over
+the re-ranker is cut, which the clock decides (hoisting.py; `may_hoist=False` leaves it whole). It is over
 250 lines because every arrow above is a step here, in that order.
 """
 
@@ -32,7 +32,7 @@ from app.errors import BundleError
 from app.features import FeatureSchema
 from app.flow import Candidates, Origin, Query, sealed
 from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manifest, Recall, Retriever, sha256
-from models import cuts, evaluate, graph, index, loss, score_scale
+from models import evaluate, graph, hoisting, index, loss, score_scale
 from models.pack_config import PackConfig, PackError, read_config
 from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies
 
@@ -42,7 +42,7 @@ FEWEST_SAMPLES = 200  # sample requests; fewer make a calibration of noise
 MOST_CALIBRATION_ROWS = 400_000  # candidates re-ranked for the calibration: 2 s at 5 µs a row
 N_GOLDEN = 8
 TRIAL_REQUESTS, TRIAL_ROWS = 5, 48  # of the check that rows are scored alone
-FEWEST_TIMED = 7  # rows on which a re-ranker in parts is compared with the whole
+FEWEST_TIMED = max(hoisting.FEW)  # rows of a trial on which a re-ranker in parts is compared with the whole
 SEED = 20
 IDENTITY = Knots(x=(0.0, 1.0), y=(0.0, 1.0))
 
@@ -62,7 +62,7 @@ def pack(
     Args:
         recall: what retrieval must find of the exact best, at the configured width.
         kind: the index kind to begin with, instead of the one that the catalogue's size suggests.
-        may_hoist: cut the re-ranker where that pays (cuts.py); else it is served as it is.
+        may_hoist: cut the re-ranker where that pays (hoisting.py); else it is served as it is.
         force: replace a bundle that is there.
     Raises: PackError. Nothing is left behind then, and what was there stays.
     """
@@ -102,15 +102,18 @@ def _fill(
     users = evaluate.embed(generation, queries)
     generation = _try_models(generation, models, queries, users)
     say(f"graphs: rows are scored alone, on {TRIAL_REQUESTS} requests of {TRIAL_ROWS} rows")
-    if may_hoist and (tried := trials(generation, queries, users)):
-        generation, parts = cuts.cut_where_it_pays(generation, models[cuts.RE_RANKER], tried, say)
+    tried = trials(generation, queries, users) if may_hoist else []
+    if may_hoist and not tried:
+        say(f"re-ranker: served whole; no sample request has {FEWEST_TIMED} candidates to time it on")
+    if tried:
+        generation, parts = hoisting.cut_where_it_pays(generation, models[hoisting.RE_RANKER], tried, say)
         models |= parts
     for name, model in models.items():
         (draft / name).write_bytes(model.SerializeToString(deterministic=True))
     generation = _with_index(generation, users, wanted, say)
     generation = _with_calibration(generation, queries, say)
     generation = _with_loss(generation, requests, say)
-    _write_manifest(generation.manifest, draft)
+    write_manifest(generation.manifest, draft)
     return with_golden(load(draft), requests, say)
 
 
@@ -151,13 +154,13 @@ def _try_models(
     return generation
 
 
-def trials(generation: Generation, queries: Sequence[Query], users: NDArray[np.float32]) -> list[cuts.Trial]:
+def trials(generation: Generation, queries: Sequence[Query], users: NDArray[np.float32]) -> list[hoisting.Trial]:
     """Sample requests at the width of re-ranking, to be timed on."""
     rng, width, found = np.random.default_rng(SEED), generation.manifest.funnel.rerank, []
     for at in np.linspace(0, len(queries) - 1, TRIAL_REQUESTS).astype(int):
         candidates = _trial_candidates(generation, queries[at], users[at], rng, width)
         if len(candidates) >= FEWEST_TIMED:
-            found.append(cuts.Trial(candidates.rows, evaluate.re_ranker_feeds(generation, queries[at], candidates)))
+            found.append(hoisting.Trial(candidates.rows, evaluate.re_ranker_feeds(generation, queries[at], candidates)))
     return found
 
 
@@ -252,7 +255,7 @@ def with_golden(generation: Generation, requests: Sequence[evaluate.Request], sa
             raise PackError(f"golden request {request}: a score is not finite")
         items = tuple(generation.ids.external(ranking.rows))
         golden.append(Golden(request=request, items=items, scores=tuple(ranking.scores.tolist())))
-    _write_manifest(generation.manifest.model_copy(update={"golden": tuple(golden)}), generation.path)
+    write_manifest(generation.manifest.model_copy(update={"golden": tuple(golden)}), generation.path)
     proved = load(generation.path)
     evaluate.prove_golden(proved)
     say(f"golden: {len(golden)} requests reproduced")
@@ -332,7 +335,7 @@ def _arrays(folder: Path) -> dict[str, NDArray[Any]]:
     return {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
 
 
-def _write_manifest(manifest: Manifest, draft: Path) -> None:
+def write_manifest(manifest: Manifest, draft: Path) -> None:
     """manifest.json with the size and SHA-256 of every file that is there."""
     found = sorted(p for p in draft.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {p.relative_to(draft).as_posix(): FileEntry(sha256=sha256(p), size=p.stat().st_size) for p in found}

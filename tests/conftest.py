@@ -29,7 +29,7 @@ def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _packed(folder: Path, *, are_ids_text: bool = False) -> Path:
     config = world.write_source(folder / "source", are_ids_text=are_ids_text)
-    pack(config, folder / "bundle", say=lambda _: None)
+    pack(config, folder / "bundle", may_hoist=False, say=lambda _: None)
     return folder / "bundle"
 
 

@@ -68,16 +68,15 @@ class ShardModel:
         self.session, self.once, self.tables = generation.re_ranker, generation.once, generation.tables
         self.inputs = generation.manifest.features.re_ranker
 
-    def request_inputs(self, person: Person, user_embedding: F32) -> dict[str, Array]:
+    def request_inputs(self, person: Person, user: F32, options: ort.RunOptions | None = None) -> dict[str, Array]:
         """What the model gets once a request, to be handed to `score` with each of its slices. Raises StageFailed."""
-        given = request_inputs(self.inputs, self.tables, person, user_embedding)
-        return given | run_graph(self.once, given) if self.once else given
+        given = request_inputs(self.inputs, self.tables, person, user)
+        return given | run_graph(self.once, given, options) if self.once else given
 
     def score(self, shard: Shard, request: Arrays | None = None, options: ort.RunOptions | None = None) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
         given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
-        if request is None:
-            request = self.request_inputs(shard.person, shard.candidates.user_embedding)
+        request = request or self.request_inputs(shard.person, shard.candidates.user_embedding, options)
         scores = run_model(self.session, {**request, **item_inputs(self.inputs, given)}, options)
         if scores.size != len(shard.candidates):
             raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")
@@ -126,14 +125,14 @@ class InProcess:
 
     def slices(self, shard: Shard) -> Iterator[Slice]:
         """Best candidates first. Raises StageFailed where the shard expires, is stopped or fails."""
-        n, start, started = len(shard.candidates), 0, time.monotonic()
-        request = self.model.request_inputs(shard.person, shard.candidates.user_embedding)
-        now = time.monotonic()
+        embedding, request, n, start = shard.candidates.user_embedding, None, len(shard.candidates), 0
+        started = now = time.monotonic()
         try:
             while start < n:
                 stop = start + slice_rows(self.row_s, n - start, shard.until - now)
                 if shard.until <= now or self.run.is_stopped.is_set():
                     raise StageFailed("expired before it was done")
+                request = request or self.model.request_inputs(shard.person, embedding, self.run.options)
                 part = shard if stop - start == n else shard.part(start, stop)
                 scores = self.model.score(part, request, self.run.options)
                 if self.paced_row_s:

@@ -37,6 +37,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         value = getattr(parsed, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {value:g}: must be over 0")
+    if parsed.kernels_of and not (parsed.kernels_of / "manifest.json").is_file():
+        parser.error(f"--kernels-of {parsed.kernels_of}: there is no bundle")
     bodies = read_requests(parser, parsed.bundle, parsed.requests)
     began = time.monotonic()
     lengths = QUICK if parsed.quick else Lengths()

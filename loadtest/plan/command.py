@@ -71,7 +71,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     """Returns the exit code."""
     is_by_hand = parsed.doc_ms is not None
     for option in CALIBRATED if is_by_hand else FOR_HAND:
-        if getattr(parsed, option) not in (None, False):
+        if getattr(parsed, option) is not None and getattr(parsed, option) is not False:
             kind = "without --doc-ms" if is_by_hand else "with --doc-ms"
             parser.error(f"--{option.replace('_', '-')}: allowed only {kind}")
     if parsed.what_if and is_by_hand != (parsed.what_if.name in BY_HAND) and parsed.what_if.name not in BOTH:
@@ -116,6 +116,7 @@ def _calibration(parser: argparse.ArgumentParser, parsed: argparse.Namespace) ->
             known = measure.calibrate(narrow, asked, workers, say, source=bundle, is_quick=parsed.quick)
     else:
         known = calibration.read(parsed.calibration)
+        check_is_of(known, parsed.bundle or Path(known.path))
     if parsed.complexity:
         known = complexity.measured(known, parsed.bundle or Path(known.path), say, is_quick=parsed.quick)
     calibration.write(known, parsed.calibration)

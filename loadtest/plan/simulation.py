@@ -33,8 +33,8 @@ class Station:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """cores; contention: what a core loses of its speed when all are busy, in [0, 1); it grows evenly from one busy
-    core to all. wake_s: mean wait for a core when all are busy, seconds, exponential."""
+    """cores; contention: what a core loses of its speed when all are busy, under 1, and under 0 a gain; it grows evenly
+    from one busy core to all. wake_s: mean wait for a core when all are busy, seconds, exponential."""
 
     cores: int
     contention: float = 0.0

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,18 @@ import onnx
 import pytest
 
 from app.bundle import ONCE, load
+from app.control.deadline import Deadline
 from app.errors import BundleError
-from app.funnel import offline_funnel
+from app.flow import Sent
+from app.funnel import Funnel, offline_funnel
 from app.manifest import sha256
+from app.metrics import Metrics
 from app.warmup import offline_query, prove, rank_offline
+from app.workers.pool import WorkerPool
 from loadtest.limits import kernels
-from models import cuts
+from models import graph_parts, hoisting
 from models.__main__ import main
+from tests import world
 
 REQUESTS = (
     {"user": {"id": "ann"}, "k": 32},
@@ -33,7 +39,7 @@ def cut_bundle(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def timed(ways, *_):
         return {way.what: 1.0 - 0.5 * bool(way.parts.tables) for way in ways}
 
-    monkeypatch.setattr(cuts, "_timed", timed)
+    monkeypatch.setattr(hoisting, "_timed", timed)
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 0
     return tmp_path / "cut"
 
@@ -54,19 +60,63 @@ def test_what_was_made_beforehand_is_no_feature_to_ask_for(cut_bundle: Path) -> 
 
 
 def test_a_graph_that_does_not_pay_stays_whole(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2  # some microseconds a request
+    monkeypatch.setattr(
+        hoisting, "_timed", lambda ways, *_: {way.what: 1.0 - 5e-5 * way.what.count(",") for way in ways}
+    )
+    assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2  # a tenth of a millisecond is the least
     assert "no cut of its re-ranker pays" in capsys.readouterr().err
     assert not (tmp_path / "cut").exists()
 
 
-def test_a_graph_whose_scores_would_differ_stays_whole(
+def test_a_cut_that_would_change_scores_is_refused(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cuts, "SAME", -1.0)
+    """A part that gives a thousandth more than it should."""
+
+    def cut(*given, **kinds):
+        parts = graph_parts_cut(*given, **kinds)
+        score = parts.rest.graph.output[0].name
+        more = onnx.numpy_helper.from_array(np.float32(1e-3), "more")
+        parts.rest.graph.initializer.append(more)
+        parts.rest.graph.node.append(onnx.helper.make_node("Add", [score, "more"], ["changed"]))
+        parts.rest.graph.output[0].name = "changed"
+        return parts
+
+    graph_parts_cut = graph_parts.cut
+    monkeypatch.setattr(graph_parts, "cut", cut)
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2
-    assert "its scores would differ by" in capsys.readouterr().out
+    assert "its scores would differ by 0.001" in capsys.readouterr().out
+
+
+async def test_workers_rank_with_a_cut_bundle(bundle: Path, cut_bundle: Path) -> None:
+    whole, parts = load(bundle), load(cut_bundle)
+    pool = WorkerPool(parts, 1, Metrics(0.1))
+    await pool.start()
+    try:
+        funnel = Funnel(parts, pool, runner=pool)
+        for request in REQUESTS:
+            query, expected = (
+                offline_query(request, parts),
+                await rank_offline(offline_funnel(whole), offline_query(request, whole)),
+            )
+            sent = Sent("x", json.dumps(request).encode(), None)
+            found = await funnel.rank(lambda is_late, q=query: q, Deadline(time.monotonic(), 60.0), sent=sent)
+            assert found.seconds is not None and not found.ranking.degradations
+            np.testing.assert_allclose(found.ranking.scores, expected.scores, atol=1e-5)
+    finally:
+        await pool.close()
+
+
+def test_pack_cuts_where_it_pays_and_not_where_it_is_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = world.write_source(tmp_path / "source")
+    monkeypatch.setattr(hoisting, "_timed", lambda ways, *_: {way.what: 1 / (1 + len(way.what)) for way in ways})
+    for name, options, is_cut in (("cut", [], True), ("whole", ["--no-hoist"], False)):
+        assert main(["pack", "--config", str(source), "--out", str(tmp_path / name), *options]) == 0
+        assert (load(tmp_path / name).once is not None) is is_cut
 
 
 def test_the_raw_kernels_are_those_of_the_whole_graph(cut_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ concatenation, W·[u, i, u·i, x], is a sum of parts: with u known, what multipl
 other weights, so that W·[…] = Wu·u + b + (Wi + Wui·diag(u))·i + Wx·x: bias and weights are made once a request.
 
 Which axes are rows shows by running the graph on two and on three. Shapes that are read while the graph runs are
-made anew in each part. What can't be cut raises `Whole` with the reason. Whether a cut pays is not decided here
-(pack.py measures it), nor is it believed: pack.py compares the scores.
+made anew in each part; a graph whose shapes depend on values stays whole. What can't be cut raises `Whole` with the
+reason, what has nothing to cut `NothingToCut`. Whether a cut pays is not decided here, nor is it believed:
+hoisting.py compares the scores and times them. It is over 250 lines because every step works on one graph.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper, inliner, numpy_helper
 
 from app.bundle import open_session
 
@@ -36,12 +37,19 @@ MOVES = (
     "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile",
     "Transpose", "Unsqueeze",
 )  # fmt: skip
-LARGEST = 1_024  # numbers of a row in an item's table
+# Operators whose output's shape depends on values; and where others read a shape
+BY_VALUE = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
+READS_SHAPE = {"ConstantOfShape": 0, "Expand": 1, "OneHot": 1, "Range": 0, "Reshape": 1, "Slice": 1, "Tile": 1}
+LARGEST = 1_024  # numbers of a row in an item's table: 4 KB an item, sixteen embeddings of 64
 COUNT = "winnow.count"  # [1]: how many rows there are
 
 
 class Whole(Exception):
     """The graph can't be cut; says why."""
+
+
+class NothingToCut(Whole):
+    """There is nothing in it that could be."""
 
 
 class Level(IntEnum):
@@ -85,14 +93,16 @@ def cut(model: onnx.ModelProto, reads: Reads, feeds: Feeds, *, is_folded: bool, 
         is_folded: first layers are folded. has_tables: what the item decides becomes tables.
     Raises: Whole.
     """
-    work = _Graph(onnx.inliner.inline_local_functions(model) if len(model.functions) else model, reads, feeds)
+    work = _Graph(inliner.inline_local_functions(model) if len(model.functions) else model, reads, feeds)
     if is_folded and not work.fold():
-        raise Whole("no first layer over a concatenation with a part of the request")
-    levels = [Level.REQUEST] + [Level.ITEM] * has_tables
-    cuts = {level: work.settled(level) for level in levels}
-    for level, who in ((Level.ITEM, "item"),) if has_tables else ((Level.REQUEST, "request"),):
-        if not cuts[level]:
-            raise Whole(f"no operator depends on the {who} alone")
+        raise NothingToCut("no first layer over a concatenation with a part of the request")
+    cuts = {Level.REQUEST: work.settled(Level.REQUEST)}
+    if has_tables:
+        cuts[Level.ITEM] = work.settled(Level.ITEM)
+        if not cuts[Level.ITEM]:
+            raise NothingToCut("no operator depends on the item alone")
+    elif not cuts[Level.REQUEST]:
+        raise NothingToCut("no operator depends on the request alone")
     taken = set().union(*(map(id, nodes) for nodes in cuts.values()))
     left = [node for node in work.nodes if work.at(node) > Level.SHAPE and id(node) not in taken]
     edges = {level: work.edges(nodes, left) for level, nodes in cuts.items()}
@@ -114,9 +124,12 @@ class _Graph:
         self.nodes = list(model.graph.node)
         if any(a.type in (a.GRAPH, a.GRAPHS) for node in self.nodes for a in node.attribute):
             raise Whole("it has inner graphs (If, Loop or Scan)")
+        if model.graph.sparse_initializer:
+            raise Whole("it has sparse weights")
         self.weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
         self.weights |= {n.output[0]: _constant(n) for n in self.nodes if n.op_type == "Constant"}
-        self.names = (f"winnow.hoist.{i}" for i in itertools.count())
+        used = {name for node in self.nodes for name in (*node.input, *node.output)}
+        self.names = (name for i in itertools.count() if (name := f"winnow.part.{i}") not in used)
         self.made: dict[str, Array] = {}  # constants of nodes that are put in
         self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.types: dict[str, np.dtype[Any]] = {}
@@ -150,6 +163,9 @@ class _Graph:
                 found = {Level.SHAPE} if found else found
             elif found != {Level.SHAPE}:
                 found -= {Level.SHAPE}
+            at = READS_SHAPE.get(node.op_type, len(node.input))
+            if node.op_type in BY_VALUE or any(self.level[n] > Level.SHAPE for n in node.input[at:] if n):
+                raise Whole(f"a shape depends on values ({node.op_type})")
             level = Level.BOTH if len(found) > 1 else next(iter(found), Level.NOTHING)
             self.level |= dict.fromkeys((name for name in node.output if name), level)
 
@@ -177,7 +193,13 @@ class _Graph:
             bad = {name for name in crossing if not self._can_cross(name, level)}
             if not bad:
                 return inside
-            inside = [node for node in inside if not bad & set(node.output)]
+            kept = Nodes()
+            for node in inside:  # without those that read what is no longer made here
+                if bad & {*node.input, *node.output}:
+                    bad |= set(node.output)
+                else:
+                    kept.append(node)
+            inside = kept
 
     def _worth(self, nodes: Nodes) -> Nodes:
         """Those that compute something, with what they read; numbers that are only moved may be moved again."""
@@ -200,7 +222,7 @@ class _Graph:
     def edges(self, inside: Nodes, others: Nodes) -> list[str]:
         """What these nodes make and others read, in order."""
         wanted = {name for node in others for name in node.input} | {o.name for o in self.graph.output}
-        return [name for node in inside for name in node.output if name in wanted]
+        return [name for node in inside for name in node.output if name and name in wanted]
 
     def model(self, inside: Nodes, outputs: Sequence[str], given: Mapping[str, Level]) -> onnx.ModelProto:
         """A model of these nodes, and of what constants and shapes they need.
@@ -333,7 +355,7 @@ class _Graph:
                 ours.setdefault(pair[1], np.zeros_like(rows))
             else:
                 ours[name] = ours.get(name, 0) + rows
-        if not products and not alone:
+        if not ours or not (products or alone):  # all of it is the request's: it is cut as it is
             return False
         self._put_in(node, ours, products, alone, bias)
         return True

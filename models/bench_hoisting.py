@@ -1,8 +1,8 @@
-"""`python -m models.bench_hoist`: what cutting saves on W2, a re-ranker with a history encoder; does a hand do better?
+"""`python -m models.bench_hoisting`: what cutting saves on W2, which encodes a history; and whether a hand does better.
 
 W2 is one float32 graph in which every input has n rows, as users often export it: self-attention over a history of
 50 × 64, a tower 64-256-64 for the item, a head 192-256-1 over both and their product. Three ways score 500 rows, in
-turns, in this one thread: whole; cut by hoist.py, each way that there is, of which the fastest counts; and cut by
+turns, in this one thread: whole; cut by graph_parts.py, each way that there is, of which the fastest counts; and cut by
 hand, the history once a request and the rest as it was. CPU of the process; a gathered table's rows count.
 
 Ends with one line of JSON. Exit code 1 when scores differ by more than 1e-4.
@@ -23,13 +23,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.bundle import open_session
 from app.features import ModelInput, Source
-from models import graph, hoist
-from models.cuts import WAYS, Array, Feeds
+from models import graph, graph_parts
+from models.hoisting import WAYS, Array, Feeds, name_of
 
 ROWS, HISTORY, D, ITEMS = 500, 50, 64, 200_000
 ROUNDS, FEW = 40, 10  # of the cut ways; of the whole graph, which is slow
 SAME = 1e-4
-READS = hoist.Reads(request=("history",), item=("item",), others=())
+READS = graph_parts.Reads(request=("history",), item=("item",), others=())
 Score = Callable[[], Array]
 
 
@@ -53,9 +53,8 @@ def main() -> int:
     rest = model([*tower(), *spread, *head("wide")], {"pooled": [D], "item": [D]}, weights)
     ways["by hand"] = scorer(feeds, lambda: {"item": table.take(rows, axis=0)}, rest, once)
     for is_folded, has_tables in WAYS:
-        parts = hoist.cut(whole, READS, feeds, is_folded=is_folded, has_tables=has_tables)
-        name = "cut" + ", folded" * is_folded + ", with a table" * has_tables
-        ways[name] = cut_scorer(feeds, table, rows, parts)
+        parts = graph_parts.cut(whole, READS, feeds, is_folded=is_folded, has_tables=has_tables)
+        ways[name_of(is_folded=is_folded, has_tables=has_tables)] = cut_scorer(feeds, table, rows, parts)
 
     expected, took = ways["whole"](), {name: list[float]() for name in ways}
     differences = {name: float(np.abs(score() - expected).max()) for name, score in ways.items()}
@@ -68,7 +67,7 @@ def main() -> int:
     cpu_ms = {name: statistics.median(seconds) * 1e3 for name, seconds in took.items()}
     best = min((name for name in cpu_ms if name.startswith("cut")), key=cpu_ms.__getitem__)
     for name, ms in cpu_ms.items():
-        print(f"{name:<24}{ms:8.3f} ms of CPU for {ROWS} rows; scores differ by {differences[name]:.1e}")
+        print(f"{name:<50}{ms:8.3f} ms of CPU for {ROWS} rows; scores differ by {differences[name]:.1e}")
     said = {"over_whole": cpu_ms[best] / cpu_ms["whole"], "over_by_hand": cpu_ms[best] / cpu_ms["by hand"]}
     worst = max(differences.values())
     print(json.dumps({"bench": "hoist", "best": best} | said | {"difference": worst, "cpu_ms": cpu_ms}))
@@ -91,7 +90,7 @@ def scorer(
     return score
 
 
-def cut_scorer(feeds: Feeds, table: Array, rows: Array, parts: hoist.Parts) -> Score:
+def cut_scorer(feeds: Feeds, table: Array, rows: Array, parts: graph_parts.Parts) -> Score:
     tables = {}
     if parts.item:
         session = open_session(parts.item.SerializeToString(), "w2.onnx")
