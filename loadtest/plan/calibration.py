@@ -12,7 +12,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 3
+FORMAT = 4
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -36,7 +36,10 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A run under load at the calibration's own configuration. speeds: of the probes around its parts, seconds."""
+    """A run under load at the calibration's own configuration. speeds: of the probes around its parts, seconds.
+
+    client_s, cpu_s: CPU of the load generator and of the service, a request.
+    """
 
     rate: float
     requests: int
@@ -44,6 +47,7 @@ class Loaded:
     p99_s: float
     coverage: float
     client_s: float
+    cpu_s: float
     speeds: tuple[float, ...]
     seconds: float
 

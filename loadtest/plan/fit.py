@@ -1,9 +1,11 @@
-"""The two numbers of a machine that no meter shows, from runs under load: `contention` and `wake_s`. Pure.
+"""The two numbers of a machine that show only under load: `contention` and `wake_s`. Pure.
 
-What a request takes, everybody's CPU, is metered one request at a time. What cores lose to each other, and how long
-who wakes waits for one, shows only under load. Both are chosen so that the simulation of the loaded runs, at the speeds
-that those met, comes nearest to the p50 and p99 measured: by the mean absolute log ratio over the better four fifths of
-them, on a grid that is made finer twice: one run in five meets a stall of the machine that is nobody's load.
+What a request takes is metered one request at a time. Under load its CPU is another: cores that are all busy disturb
+each other, and caches stay warm; `contention` is by how much a core is slower, or under 0 faster, when the others work.
+`wake_s` is how long who wakes waits for a core. Both are chosen so that the simulation of the loaded runs, at speeds
+they met, comes nearest to what was measured of them: the CPU a request, which tells of the first, and p50 and
+p99. Nearest by the mean absolute log ratio, on a grid that is made finer twice; of p50s and p99s over the better four
+fifths, since one run in five meets a stall that is nobody's load.
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from loadtest.plan.calibration import Calibration, Loaded
-from loadtest.plan.recipe import latencies, model
+from loadtest.plan.recipe import CLIENT, model
 
-CONTENTION = (-0.4, 0.6)  # under 0 busy cores gain: caches stay warm; above 0.6 two cores would do less than one
+CONTENTION = (-0.5, 0.6)  # above it two cores would do little more than one
 WAKE_S = (0.0, 6e-3)  # up to two of the scheduler's turns
 GRID, ROUNDS = 5, 3
 BETTER = 0.8  # of p50s and p99s, which count
@@ -43,17 +45,17 @@ def is_usable(run: Loaded) -> bool:
 
 
 def error(calibration: Calibration, runs: Sequence[Loaded], contention: float, wake_s: float) -> float:
-    """How far the simulation is from the runs: the mean of |ln(simulated / measured)| over the better four fifths."""
+    """How far the simulation is from the runs: the mean of |ln(simulated / measured)|, see above."""
     tried = replace(calibration, contention=contention, wake_s=wake_s)
-    ratios = []
+    of_time, of_cpu = [], []
     for run in runs:
-        base = replace(tried, demand=replace(tried.demand, client_s=run.client_s / scale_of(tried, run)))
-        scales = [speed / tried.speed_s for speed in run.speeds]
-        models = [model(base, tried.base, scale=scale, has_client=True) for scale in scales]
-        met = latencies(models, run.rate, min(run.seconds, MOST_SECONDS))
-        ratios += [np.percentile(met, 50) / run.p50_s, np.percentile(met, 99) / run.p99_s]
-    off = np.sort(np.abs(np.log(ratios)))
-    return float(off[: max(1, round(BETTER * len(off)))].mean())
+        scale = scale_of(tried, run)
+        base = replace(tried, demand=replace(tried.demand, client_s=run.client_s / scale))
+        seen = model(base, tried.base, scale=scale, has_client=True).at(run.rate, min(run.seconds, MOST_SECONDS))
+        of_time += [seen.percentile_s(50) / run.p50_s, seen.percentile_s(99) / run.p99_s]
+        of_cpu.append(sum(seen.cpu_s[:CLIENT]) / len(seen.latency_s) / run.cpu_s)
+    off = np.sort(np.abs(np.log(of_time)))
+    return float(off[: max(1, round(BETTER * len(off)))].mean() + np.abs(np.log(of_cpu)).mean())
 
 
 def scale_of(calibration: Calibration, run: Loaded) -> float:

@@ -187,8 +187,10 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     for number in range(LOADS):
+        before = spent(target.server.process.pid, target.pids)
         seen, speeds = run(target, rate, seconds, PARTS, number)
-        one = summed_up(seen, rate, speeds, seconds)
+        used = spent(target.server.process.pid, target.pids).since(before, len(seen))
+        one = summed_up(seen, rate, speeds, seconds, used.loop + used.workers)
         met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
         say(f"{rate:.0f} a second: {met}")
         is_usable = fit.is_usable(one)
@@ -217,7 +219,9 @@ def smoothed(probes: Sequence[float]) -> list[float]:
     return [float(np.median(probes[max(0, i - reach) : i + reach + 1])) for i in range(len(probes))]
 
 
-def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float) -> Loaded:
+def summed_up(
+    seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float, cpu_s: float = float("nan")
+) -> Loaded:
     ok = seen.is_ok
     return Loaded(
         rate=rate,
@@ -226,6 +230,7 @@ def summed_up(seen: Observed, rate: float, speeds: tuple[float, ...], seconds: f
         p99_s=seen.percentile_s(99),
         coverage=float(np.where(ok, np.nan_to_num(seen.coverage), 0.0).mean()),
         client_s=seen.cpu_s / len(seen),
+        cpu_s=cpu_s,
         speeds=speeds,
         seconds=seconds,
     )

@@ -128,7 +128,8 @@ class Model:
         if not self.is_shared(c):
             of_threads, of_workers = 0.0, of_threads + of_workers
         of_cores = sum(means.values()) / self.machine.cores
-        return 1 / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
+        fastest = 1 - min(0.0, self.machine.contention)
+        return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
 
 def _narrow(means: dict[str, float]) -> float:

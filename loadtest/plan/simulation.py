@@ -4,8 +4,8 @@
 
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
 at work than cores each gets its share by the scheduler's weights, never more than one core; and with several cores
-busy every one of them is slower (`contention`: caches, memory, an interpreter lock). A step of several parts is over
-when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
+busy every one of them is slower, or faster (`contention`: caches, memory, an interpreter lock). A step of several parts
+is over when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
