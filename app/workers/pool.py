@@ -314,7 +314,7 @@ class WorkerPool:
                 await self._live(worker)
             except Exception as e:  # whatever it was, the worker must come back
                 why = str(e) or type(e).__name__
-                log.warning("worker %d ended: %s, exit code %s", worker.number, why, worker.process.exitcode)
+                log.warning("worker %d ended: %s", worker.number, why)
                 if worker.state == "starting" and not self.started.done():
                     self.started.set_exception(ServerError(f"a worker can't start: {why}"))
             self.metrics.restarts.inc()
@@ -455,3 +455,4 @@ async def _wait_for_end(process: BaseProcess) -> None:
     finally:
         process.kill()
         process.join()
+        log.info("process %s of a worker ended with code %s", process.pid, process.exitcode)

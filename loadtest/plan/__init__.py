@@ -15,7 +15,8 @@ widths.py       the cheapest widths that keep a quality floor
 memory.py       bytes an item by kind of index
 classic.py      documents over shards, parameters by hand
 report.py       the plan in words
-draw.py         --what-if as a picture
+what_if.py      --what-if: one parameter varied
+draw.py         it as a picture
 command.py      the command line of `plan`
 bundles.py      bundles of other widths and sizes, made by the offline half
 bench.py        predictions against measurements: `capacity`

@@ -4,31 +4,23 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loadtest.lab.bodies import for_bundle
 from loadtest.lab.options import number
-from loadtest.plan import bundles, calibration, classic, complexity, draw, measure, memory, planning, report, widths
+from loadtest.plan import bundles, calibration, classic, complexity, measure, memory, planning, report, widths
 from loadtest.plan.calibration import Calibration, CalibrationError, check_is_of
 from loadtest.plan.planning import Question
+from loadtest.plan.what_if import VARIED, varied, what_if
 
 BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
 MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in two minutes"
 NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
-POINTS, FEW = 9, 12  # of a what-if; so many whole numbers are all tried
-# What --what-if may vary → whether it is a whole number
-VARIED = {
-    "qps": False, "p99": False, "items": True, "cores": True, "workers": True, "retrieve": True, "rerank": True,
-    "shards": True, "documents": True, "doc-ms": False,
-}  # fmt: skip
 NONE = (planning.Interval(float("nan"), float("nan"), float("nan")),) * 2  # p50 and p99 where there are none
-BY_HAND, BOTH = ("shards", "documents", "doc-ms"), ("qps",)  # of these
+BY_HAND, BOTH = ("shards", "documents", "doc-ms"), ("qps",)  # of what may be varied
 # Options of one kind of plan only
 FOR_HAND = ("documents", "shards", "fan_out_ms")
 CALIBRATED = (
@@ -148,7 +140,7 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
         print("\n".join(report.choice_lines(choice, cpu_s(full["retrieve"], full["rerank"]), parsed.quality_floor)))
         question = replace(question, retrieve=choice.retrieve, rerank=choice.rerank)
     if parsed.what_if:
-        return _what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question))
+        return what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question))
     plan = planning.plan(known, question)
     is_other = question.items != known.items
     kind = memory.kind_for(question.items, known.d, question.retrieve) if is_other else known.kind
@@ -221,73 +213,13 @@ def _by_hand(parsed: argparse.Namespace) -> int:
             ("Latency, ms", (("a lone request ms", "", ""), ("p99 ms", "", "")), parsed.p99 * 1e3),
             (f"Workers for {parsed.qps:g} requests a second", (("workers", "", ""),), None),
         ]
-        return _what_if(parsed, vary, columns, drawn)
+        return what_if(parsed, vary, columns, drawn)
     found = {}
     for n in parsed.shards:
         workers = asked.workers(parsed.qps, n, parsed.p99)
         found[n] = (workers, *(asked.percentiles_s(parsed.qps, n, workers) if workers else NONE))
     print(f"{parsed.qps:,.0f} requests a second, p99 <= {parsed.p99 * 1e3:g} ms")
     print("\n".join(report.classic_lines(asked, parsed.shards, parsed.items, found)))
-    return 0
-
-
-# --------------------------------------------------------------------------------------------- what if
-
-
-@dataclass(frozen=True, slots=True)
-class Varied:
-    name: str
-    values: tuple[float, ...]
-
-
-def varied(text: str) -> Varied:
-    """PARAM=A..B as up to nine values, evenly spread in ratio, or up to FEW whole ones. Raises ArgumentTypeError."""
-    name, _, span = text.partition("=")
-    low, _, high = span.partition("..")
-    if name not in VARIED:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VARIED)}")
-    try:
-        first, last = float(low.removesuffix("ms")), float(high.removesuffix("ms"))
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{span!r} is no range A..B") from e
-    if not 0 < first < last:
-        raise argparse.ArgumentTypeError(f"{span!r}: allowed is 0 < A < B")
-    if VARIED[name] and (first != int(first) or last != int(last)):
-        raise argparse.ArgumentTypeError(f"{span!r}: {name} is a whole number")
-    if VARIED[name] and last - first < FEW:
-        return Varied(name, tuple(range(int(first), int(last) + 1)))
-    values = np.geomspace(first, last, POINTS)
-    return Varied(name, tuple(sorted({round(v) for v in values}) if VARIED[name] else values.tolist()))
-
-
-def _what_if(
-    parsed: argparse.Namespace,
-    vary: Callable[[str, float], Any],
-    columns: Callable[[Any], dict[str, float]],
-    drawn: list[tuple[str, tuple[tuple[str, str, str], ...], float | None]],
-) -> int:
-    """Print the table and draw it."""
-    name, x = parsed.what_if.name, parsed.what_if.values
-    rows = [columns(vary(name, value)) for value in x]
-    heads = list({name: None} | dict.fromkeys(rows[0]))
-    cells = [{name: at} | row for at, row in zip(x, rows, strict=True)]
-    table = [heads, *([_told(row[head]) for head in heads] for row in cells)]
-    spaces = [max(len(line[i]) for line in table) for i in range(len(heads))]
-    text = "\n".join("  ".join(cell.rjust(space) for cell, space in zip(line, spaces, strict=True)) for line in table)
-    print(text)
-
-    def column(which: str) -> list[float]:
-        return [row[which] for row in rows] if which else []
-
-    charts = []
-    for title, curves, level in drawn:
-        made = [draw.Curve(c, column(c), column(low), column(high)) for c, low, high in curves]
-        own = level if name != "p99" else None  # a level that is varied is no level
-        charts.append(draw.chart(title, name, x, made, own))
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    said = f"python -m loadtest plan --what-if {name}={x[0]:g}..{x[-1]:g}, by simulation; docs/capacity.md says how."
-    parsed.out.write_text(draw.page(f"What if: {name}", said, charts, text))
-    print(f"\ndrawn in {parsed.out}")
     return 0
 
 
@@ -307,7 +239,3 @@ def whole(text: str) -> int:
 
 def whole_list(text: str) -> list[int]:
     return [whole(one) for one in text.split(",")]
-
-
-def _told(value: float) -> str:
-    return f"{value:,.4g}" if math.isfinite(value) else "none"

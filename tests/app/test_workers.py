@@ -299,6 +299,17 @@ async def test_more_rows_fit_into_more_time_on_more_workers(pools):
         assert pool.seconds(100) == pool.cost.seconds(100 / n)
 
 
+async def test_a_worker_without_sockets_says_why_at_once(generation, monkeypatch):
+    """Before there is a process to ask for its end."""
+
+    def none():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("app.workers.pool.socket.socketpair", none)
+    with pytest.raises(ServerError, match="Too many open files"):
+        await asyncio.wait_for(Watched(generation, 1).start(), 5)
+
+
 async def test_a_worker_that_can_not_start_says_why_at_once(copy):
     spoilt = load(copy)
     (copy / "re_ranker.onnx").write_bytes(b"no graph")

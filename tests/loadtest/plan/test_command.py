@@ -11,7 +11,8 @@ from loadtest.__main__ import main
 from loadtest.plan import classic, planning
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.calibration import write
-from loadtest.plan.command import seconds, varied, whole
+from loadtest.plan.command import seconds, whole
+from loadtest.plan.what_if import varied
 from tests.loadtest.plan.made import calibration
 
 
