@@ -11,7 +11,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
@@ -20,12 +19,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, wire
-from app.flow import Stage
 from app.funnel import require_full
 from app.gate import Phase
 from app.keys import require_key
 from app.problems import PROBLEM, WHY_NOT, Problem, problem, request_id_of
-from app.service import Answered, Service, Serving
+from app.service import Service, Serving
 from app.settings import Limits
 
 log = logging.getLogger("winnow.request")
@@ -137,7 +135,7 @@ async def answer(request: Request, service: Service) -> Response:
     """The ranking, or the problem, of one request."""
     received_at = request.scope.setdefault("winnow.received_at", time.monotonic())
     service.gate.coming -= request.scope.get("winnow.coming", 0)
-    request_id, answered = request_id_of(request.headers), None
+    request_id, logged = request_id_of(request.headers), dict[str, Any]()
     try:
         require_key(service.keys, request.headers.get("authorization"), "rank")
         sent, schema = await _body(request), wire.RankRequest
@@ -145,37 +143,30 @@ async def answer(request: Request, service: Service) -> Response:
         asked = await asyncio.to_thread(wire.parse, sent, schema) if is_large else wire.parse(sent, schema)
         request_id = asked.request_id or request_id
         complete_at = request.scope.get("winnow.complete_at", received_at)
-        answered = await service.rank(asked, sent, request_id, (received_at, complete_at))
-        if answered.query.is_strict:
-            require_full(answered.ranking)
-        total_s = time.monotonic() - received_at
-        took_ms = _stage_ms(answered) | {"total": _ms(total_s)}
-        body = orjson.dumps(wire.answer(answered.query, answered.ranking, answered.ids, took_ms))
+        told, took_s = await service.rank(asked, sent, request_id, (received_at, complete_at))
+        took_ms = {part: _ms(seconds) for part, seconds in took_s.items()}
+        logged = told.logged | {"stage_ms": took_ms}
+        if told.is_strict:
+            require_full(told.degradations)
+        body = wire.finished(told, took_ms | {"total": _ms(time.monotonic() - received_at)})
         response = Response(body, headers={"x-request-id": request_id}, media_type="application/json")
-        outcome = "degraded" if answered.ranking.degradations else "ok" if len(answered.ranking) else "empty"
+        outcome = "degraded" if told.degradations else "ok" if told.logged["n"] else "empty"
     except Exception as e:
         response, outcome = problem(e, request_id)
     if service.gate.phase is Phase.DRAINING:
         response.headers["connection"] = "close"  # or the client would come back on a socket that is about to go
-    return _counted(service, request, response, outcome, answered)
+    return _counted(service, request, response, outcome, logged)
 
 
 def _counted(
-    service: Service, request: Request, response: Response, outcome: str, answered: Answered | None = None
+    service: Service, request: Request, response: Response, outcome: str, logged: dict[str, Any] | None = None
 ) -> Response:
     """The response, counted, and logged in one line with what there is to say of its ranking."""
     seconds = time.monotonic() - request.scope["winnow.received_at"]
     service.metrics.request(outcome, seconds)
-    traceparent, status = request.headers.get("traceparent"), response.status_code
-    fields: dict[str, Any] = {"request_id": response.headers["x-request-id"], "traceparent": traceparent}
-    fields |= {"outcome": outcome, "status": status, "ms": _ms(seconds)}
-    if answered:
-        query, ranking, reranking = answered.query, answered.ranking, answered.ranking.report(Stage.RERANKING)
-        fields |= {"generation": ranking.generation, "is_known": query.person.is_known}
-        fields |= {"history": len(query.person.history), "k": query.k, "n": len(ranking)}
-        fields |= {"wanted": reranking.wanted, "reranked": reranking.done, "stage_ms": _stage_ms(answered)}
-        fields["degraded"] = [f"{d.stage.label}: {d.reason}" for d in ranking.degradations]
-    log.info("rank", extra={"fields": fields})
+    sent = {"request_id": response.headers["x-request-id"], "traceparent": request.headers.get("traceparent")}
+    said = {"outcome": outcome, "status": response.status_code, "ms": _ms(seconds)}
+    log.info("rank", extra={"fields": sent | said | (logged or {})})
     return response
 
 
@@ -197,11 +188,6 @@ async def _body(request: Request) -> bytes:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
-
-
-def _stage_ms(answered: Answered) -> dict[str, float]:
-    stages = {r.stage.label: _ms(r.seconds) for r in answered.ranking.reports}
-    return {"queue": _ms(answered.queue_s), "users": _ms(answered.users_s)} | stages
 
 
 # --------------------------------------------------------------------------------------------- OpenAPI

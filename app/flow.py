@@ -288,8 +288,26 @@ class Ranking:
 
 
 class Ranked(NamedTuple):
-    """A request's whole way: the query as resolved, and the answer. seconds: of the worker that took it; or None."""
+    """A request's whole way: the query as resolved, and the answer."""
 
     query: Query
     ranking: Ranking
+
+
+class Told(NamedTuple):
+    """An answer as it leaves the process that made it: written already, with what is counted and logged of it.
+
+    body: the wire's JSON up to `took_ms`. reports: of all four stages. first: stage and score of the first items.
+    is_searched: in the catalogue, not among the caller's own candidates. seconds: of the worker that took the request
+    its whole way; None if none did.
+    """
+
+    body: bytes
+    reports: tuple[StageReport, ...]
+    degradations: tuple[Degradation, ...]
+    first: tuple[tuple[int, float], ...]
+    extra_s: float
+    is_strict: bool
+    is_searched: bool
+    logged: dict[str, Any]
     seconds: float | None = None

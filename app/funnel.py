@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from app.control.loss import expected_loss
 from app.errors import ContractError, DeadlineMissed, StageFailed, require
 from app.flow import (
     Candidates,
+    Degradation,
     Narrowed,
     Outcome,
     Query,
@@ -37,6 +38,7 @@ from app.flow import (
     Sent,
     Stage,
     StageReport,
+    Told,
 )
 from app.stages import preranking, reranking, retrieval, selection
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
@@ -73,7 +75,7 @@ class FunnelStage(Protocol[Given, Output]):
 class Runner(Protocol):
     """Processes that take a request its whole way."""
 
-    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Ranked:
+    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """The answer. Raises what resolving the request raises; StageFailed, after which it is not too late for others.
 
         It fails where nobody has begun by the instant `until`, and where several workers had better share the work.
@@ -102,8 +104,8 @@ class Funnel:
 
     async def rank(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, sent: Sent | None = None
-    ) -> Ranked:
-        """The query as resolved, and the best min(k, candidates) items for it, in time.
+    ) -> Ranked | Told:
+        """The best min(k, candidates) items, in time; told where the runner found them.
 
         resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
         sent: the same, not yet resolved, for the runner.
@@ -226,12 +228,11 @@ def outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     raise RuntimeError("it waited")
 
 
-def require_full(ranking: Ranking) -> Ranking:
-    """The ranking, unless something was given up. Raises DeadlineMissed that says what."""
-    if ranking.degradations:
-        lost = ", ".join(f"{d.stage.label} {d.reason}" for d in ranking.degradations)
+def require_full(degradations: Sequence[Degradation]) -> None:
+    """Nothing was given up. Raises DeadlineMissed that says what."""
+    if degradations:
+        lost = ", ".join(f"{d.stage.label} {d.reason}" for d in degradations)
         raise DeadlineMissed(f"the full funnel did not fit: {lost}")
-    return ranking
 
 
 def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_late: bool) -> Outcome:

@@ -22,6 +22,7 @@ import uvicorn
 import uvloop
 from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import api, log, problems
@@ -39,7 +40,6 @@ SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loo
 def create_app(service: Service) -> FastAPI:
     """The ranking port's application."""
     app = _app("Winnow", api.routes(service))
-    app.middleware_stack = api.ranking_first(service, app.build_middleware_stack())
     app.openapi = lambda: api.openapi(app, service)  # type: ignore[method-assign]
     return app
 
@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
     capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
 
-def _server(app: FastAPI, refuse: Refuse) -> Server:
+def _server(app: ASGIApp, refuse: Refuse) -> Server:
     protocol: Any = partial(RankingProtocol, refuse)
     config = uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, access_log=False)
     config.server_header = config.proxy_headers = False
@@ -163,7 +163,8 @@ async def serve(settings: Settings) -> int:
     listeners = [_listener(settings, prefix) for prefix in ("", "admin_")]
     service = Service(settings)
     refuse = partial(api.refusal, service)
-    servers = [_server(create_app(service), refuse), _server(create_admin_app(service), lambda *_: None)]
+    ranking = api.ranking_first(service, create_app(service))
+    servers = [_server(ranking, refuse), _server(create_admin_app(service), lambda *_: None)]
     living = asyncio.create_task(_live(service))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, living.cancel)

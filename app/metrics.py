@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from app.control.degradation import ALL_REASONS, USER_LATE
-from app.flow import LABELS, Outcome, Ranking, Stage
+from app.flow import LABELS, Outcome, Stage, Told
 
 if TYPE_CHECKING:
     from app.service import Serving
@@ -37,7 +37,6 @@ WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
 PAGE = 4096
 TICKS = os.sysconf("SC_CLK_TCK")
-SCORES_OBSERVED = 3  # of an answer: its head is what moves when a model goes wrong
 
 # Shares of the SLA at which latency is counted: an edge exactly at it, at half and at twice.
 SLA_SHARES = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 2, 4, 10)
@@ -137,20 +136,19 @@ class Metrics:
         if outcome in ("ok", "degraded", "empty", "deadline"):
             self.seconds.labels(NO_ARM).observe(seconds)
 
-    def ranking(self, ranking: Ranking) -> None:
+    def ranked(self, told: Told) -> None:
         """Count what the funnel did for one answer."""
-        for report in ranking.reports:
+        for report in told.reports:
             seconds, edges = self.of_stage[report.stage]
             seconds.observe(report.seconds)
             for edge, n in zip(edges, (report.wanted, report.done, report.n_out), strict=True):
                 edge.observe(n)
             if report.stage is Stage.RERANKING and report.outcome is not Outcome.SKIPPED:
                 self.coverage.observe(report.done / report.wanted)
-        for d in ranking.degradations:
+        for d in told.degradations:
             self.lost.labels(d.stage.label, d.reason).inc()
-        for scored_by, score in zip(ranking.stages[:SCORES_OBSERVED].tolist(), ranking.scores.tolist(), strict=False):
-            if math.isfinite(score):  # one NaN would make the histogram's sum NaN for good
-                self.of_score[scored_by].observe(score)
+        for scored_by, score in told.first:  # finite: one NaN would make the histogram's sum NaN for good
+            self.of_score[scored_by].observe(score)
 
     def shard(self, outcome: str, seconds: float) -> None:
         """Count a shard; its time only when the model ran."""

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from app import wire
-from app.bundle import Generation, Id, load
+from app.bundle import Generation, load
 from app.control.deadline import Deadline
 from app.control.quality import FLOOR
 from app.errors import BundleError, CapacityError, Conflict, NotThere, ServerError, require
-from app.flow import Query, Ranking, Sent
+from app.flow import Sent, Told
 from app.funnel import Funnel
 from app.gate import Gate, Phase
 from app.keys import read_keys
@@ -43,21 +43,6 @@ class Serving:
     pool: WorkerPool
     loaded_at: float
     inflight: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A request's outcome in the terms of the generation that served it.
-
-    queue_s: the wait for the worker that took it its whole way, and the ways there and back; 0 if none did. users_s:
-    to find out who asks for what; and whatever was waited for in that case.
-    """
-
-    query: Query
-    ranking: Ranking
-    ids: list[Id]
-    queue_s: float
-    users_s: float
 
 
 class Service:
@@ -191,10 +176,13 @@ class Service:
 
     async def rank(
         self, request: wire.RankRequest, body: bytes, request_id: str, arrived: tuple[float, float]
-    ) -> Answered:
-        """One request, from its schema and its bytes to the ranked ids. Raises any of errors.py.
+    ) -> tuple[Told, dict[str, float]]:
+        """One request, from its schema and its bytes to the answer, and what that took. Raises any of errors.py.
 
         arrived: when the first byte of its head and the last of its body were read, seconds.
+        Seconds are by stage, and: queue, the wait for the worker that took it its whole way, and the ways there and
+        back, 0 if none did; users, to find out who asks for what and to write the answer, and whatever else was waited
+        for where no worker did it all.
         """
         received_at, complete_at = arrived
         async with self.gate.permit(request.priority):
@@ -203,16 +191,15 @@ class Service:
                 deadline = Deadline(received_at, timeout_s)  # made once, here
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
-                ranked = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
-                (query, ranking, worked_s), took_s = ranked, time.monotonic() - started
-                worked_s = took_s if worked_s is None else worked_s
-                users_s = worked_s - sum(report.seconds for report in ranking.reports)
+                said = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
+                told = said if isinstance(said, Told) else wire.told(said, serving.generation)
+                took_s = time.monotonic() - started
+                worked_s, stages = told.seconds or took_s, {r.stage.label: r.seconds for r in told.reports}
                 if deadline.timeout_s >= self.gate.sla_s:
-                    self.gate.finished(started, time.monotonic() - complete_at, ranking.extra_s)
+                    self.gate.finished(started, time.monotonic() - complete_at, told.extra_s)
                 self.gate.expects(serving.funnel.seconds(FLOOR))
-                self.metrics.ranking(ranking)
-                ids = serving.generation.ids.external(ranking.rows)
-                return Answered(query, ranking, ids, took_s - worked_s, users_s)
+                self.metrics.ranked(told)
+                return told, {"queue": took_s - worked_s, "users": worked_s - sum(stages.values())} | stages
 
 
 async def _prove_apart(path: Path) -> None:

@@ -37,7 +37,8 @@ def offline_query(request: dict[str, Any], generation: Generation) -> Query:
 
 async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     """The whole funnel with all the time it wants."""
-    return (await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), UNHURRIED_S))).ranking
+    deadline = Deadline(time.monotonic(), UNHURRIED_S)
+    return (await funnel.finish(await funnel.narrow(lambda is_late: query, deadline))).ranking
 
 
 def measured(generation: Generation, *, is_yielding: bool = False) -> tuple[Cost, Cost]:

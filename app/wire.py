@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from app import users
 from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
-from app.flow import LABELS, Array, Arrays, Filter, Query, Ranking, Rows, Stage, sealed
+from app.flow import LABELS, Array, Arrays, Filter, Query, Ranked, Rows, Stage, Told, sealed
 from app.settings import Limits
 
 SHOWN_ERRORS = 20
 MANY_ERRORS = 1_000  # beyond them none is named
+SCORES_TOLD = 3  # of an answer, to be counted: its head is what moves when a model goes wrong
 LARGE_BODY = 4_096  # bytes, some hundreds of ids: what is longer takes over a millisecond and goes to a thread
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -141,12 +143,13 @@ class RankResponse(Wire):
     took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for the one worker, there and back.")
 
 
-def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[str, float]) -> dict[str, Any]:
-    """The body of a 200, in the form of RankResponse."""
+def told(ranked: Ranked, generation: Generation) -> Told:
+    """The answer, written but for what it took: only the process that has the connection knows that."""
+    query, ranking = ranked
     fine, lost = ranking.report(Stage.RERANKING), ranking.degradations
-    scores = [s if math.isfinite(s) else None for s in ranking.scores.tolist()]
-    columns = zip(ids, scores, ranking.stages.tolist(), ranking.propensities.tolist(), strict=True)
-    return {
+    scores, stages = [s if math.isfinite(s) else None for s in ranking.scores.tolist()], ranking.stages.tolist()
+    columns = zip(generation.ids.external(ranking.rows), scores, stages, ranking.propensities.tolist(), strict=True)
+    body = {
         "request_id": query.request_id,
         "generation": ranking.generation,
         "items": [{"id": i, "score": score, "stage": LABELS[stage], "propensity": p} for i, score, stage, p in columns],
@@ -155,8 +158,18 @@ def answer(query: Query, ranking: Ranking, ids: list[int | str], took_ms: dict[s
         "degraded": [{"stage": d.stage.label, "reason": d.reason, "substitute": d.substitute} for d in lost],
         "expected_ndcg_loss": ranking.expected_ndcg_loss,
         "ignored": dict(query.ignored),
-        "took_ms": took_ms,
     }
+    first = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
+    logged = {"generation": ranking.generation, "is_known": query.person.is_known, "k": query.k, "n": len(ranking)}
+    logged |= {"history": len(query.person.history), "wanted": fine.wanted, "reranked": fine.done}
+    logged["degraded"] = [f"{d.stage.label}: {d.reason}" for d in lost]
+    kinds = query.is_strict, query.candidates is None
+    return Told(orjson.dumps(body)[:-1], ranking.reports, lost, first, ranking.extra_s, *kinds, logged)
+
+
+def finished(answer: Told, took_ms: dict[str, float]) -> bytes:
+    """The body of a 200, in the form of RankResponse."""
+    return answer.body + b',"took_ms":' + orjson.dumps(took_ms) + b"}"
 
 
 # ------------------------------------------------------------------------------------ wire → Query

@@ -275,5 +275,5 @@ def _model(
 
 async def rank_by(deadline: Deadline, funnel: Funnel, query: Query) -> Ranking:
     """The funnel's answer to a query that is resolved already."""
-    _, ranking, _ = await funnel.rank(lambda is_late: query, deadline)
+    _, ranking = await funnel.rank(lambda is_late: query, deadline)
     return ranking

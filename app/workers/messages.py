@@ -2,7 +2,7 @@
 
     to a worker     RANK (a request: Asked), SHARD (a Shard and the seconds left);
                     on a socket of their own STOP (a job), PING
-    from a worker   READY (seconds a row), RANKED (Ranked), REFUSED (what is wrong with the request), SCORES (a Slice),
+    from a worker   READY (seconds a row), RANKED (Told), REFUSED (what is wrong with the request), SCORES (a Slice),
                     FAILED (why), BROKEN (a trace), PONG
 
 A frame is a header, little-endian with the format version first, and what is said, pickled: both ends are forked from
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from app.control.deadline import Deadline
 from app.flow import Sent
 
-FORMAT = 4
+FORMAT = 5
 WAY_BACK_S = 2e-3
 # format version, kind, unused, payload bytes, generation, job
 HEADER = struct.Struct("<BBHIQQ")

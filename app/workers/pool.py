@@ -28,7 +28,7 @@ from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
 from app.errors import ContractError, InvalidRequest, ServerError, StageFailed
-from app.flow import Outcome, Ranked, Sent, Stage
+from app.flow import Outcome, Sent, Stage, Told
 from app.metrics import Metrics
 from app.workers.messages import WAY_BACK_S, Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import FORKS
@@ -170,7 +170,7 @@ class WorkerPool:
 
         return self._take(Kind.SHARD, len(shard.candidates), shard.until, says, deliver)
 
-    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Ranked:
+    async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
         widths, left_s = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s - time.monotonic()
         alone_s = self.cost.seconds(quality * (sent.rerank_count or widths.rerank))
@@ -189,17 +189,17 @@ class WorkerPool:
             answer,
         )
         try:
-            ranked: Ranked = await answer
+            told: Told = await answer
         finally:
             hurry.cancel()
         for cost, report, way_s in zip(
-            (*self.given.costs, self.cost), ranked.ranking.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False
+            (*self.given.costs, self.cost), told.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False
         ):
             # A filter that leaves few makes the search find fewer than it looked for.
             is_whole = report.done >= report.wanted or report.outcome is Outcome.PARTIAL
-            if ranked.query.candidates is None and is_whole:
+            if told.is_searched and is_whole:
                 cost.observe(report.done, report.seconds + way_s)
-        return ranked
+        return told
 
     def _hurry(self, answer: "asyncio.Future[Any]") -> None:
         """Whoever works on this request is told to send what there is."""
@@ -281,11 +281,11 @@ class WorkerPool:
                 job.answer.set_result(None)
         return got.is_last
 
-    def _ranked(self, worker: _Worker, job: _Job, said: Ranked) -> None:
+    def _ranked(self, worker: _Worker, job: _Job, said: Told) -> None:
         took_s = time.monotonic() - worker.since
         worker.row_s += RECENT * (took_s / job.n - worker.row_s)
         if not job.answer.done():
-            report = said.ranking.report(Stage.RERANKING)
+            report = said.reports[Stage.RERANKING]
             self.metrics.shard("failed" if report.outcome is Outcome.FAILED else "ok", report.seconds)
             job.answer.set_result(said)
 

@@ -24,7 +24,7 @@ from app.bundle import load
 from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.errors import InvalidRequest, ServerError, StageFailed
-from app.flow import Ranked, Stage
+from app.flow import Stage, Told
 from app.funnel import Funnel, outcome_of
 from app.warmup import UNHURRIED_S, offline_query
 from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
@@ -136,15 +136,15 @@ class Worker:
         except Exception:  # a defect must reach the request's log, and must not cost the worker
             self._send(Kind.BROKEN, asked.job, traceback.format_exc())
 
-    def _ranked(self, asked: Asked) -> Ranked:
+    def _ranked(self, asked: Asked) -> Told:
         """Raises InvalidRequest."""
         started = time.monotonic()
         deadline = asked.deadline(started)
         parsed = wire.parse(asked.sent.body, wire.RankRequest)
         resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
         narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))
-        ranked: Ranked = outcome_of(partial(self.funnel.finish, narrowed))
-        return ranked._replace(seconds=time.monotonic() - started)
+        told = wire.told(outcome_of(partial(self.funnel.finish, narrowed)), self.generation)
+        return told._replace(seconds=time.monotonic() - started)
 
     # ------------------------------------------------------------------------------------- the sockets
 

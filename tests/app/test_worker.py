@@ -8,9 +8,10 @@ import numpy as np
 import orjson
 import pytest
 
+from app import wire
 from app.control.costs import Cost
 from app.errors import BundleError, StageFailed
-from app.flow import Sent, Stage
+from app.flow import Ranked, Sent, Stage
 from app.warmup import offline_query, rank_offline
 from app.workers import scoring, worker
 from app.workers.messages import HEADER, Asked, Kind, frame, generation_number, read_frames, read_header
@@ -152,22 +153,26 @@ async def test_a_request_is_ranked_as_in_the_parent(child, generation, funnel, r
     send_request(child, request_)
     header, payload = child.receive()
     assert (header.kind, header.job) == (Kind.RANKED, JOB)
-    found, ranking, _ = payload
-    assert (found.request_id, found.k, found.ignored, found.is_strict) == (
-        "r-1",
-        query.k,
-        query.ignored,
-        query.is_strict,
-    )
-    assert found.person.history.tolist() == query.person.history.tolist()
-    assert found.person.is_known == query.person.is_known
-    assert ranking.rows.tolist() == expected.rows.tolist()
-    np.testing.assert_allclose(ranking.scores, expected.scores, rtol=1e-5)
-    assert ranking.stages.tolist() == expected.stages.tolist()
-    assert ranking.propensities.tolist() == expected.propensities.tolist()
-    assert (ranking.generation, ranking.empty_reason) == (expected.generation, expected.empty_reason)
-    assert (ranking.degradations, ranking.expected_ndcg_loss) == ((), 0.0)
-    for ours, theirs in zip(ranking.reports, expected.reports, strict=True):
+    told, answer = payload, orjson.loads(wire.finished(payload, {}))
+    alone = orjson.loads(wire.finished(wire.told(Ranked(query, expected), generation), {}))
+    for one in (answer, alone):
+        one["scores"] = pytest.approx([item.pop("score") for item in one["items"]], rel=1e-5)
+    answer["scores"] = answer["scores"].expected
+    assert answer == alone | {"request_id": "r-1"}
+    assert [item["id"] for item in answer["items"]] == [world.item_id(row) for row in expected.rows]
+    assert told.degradations == ()
+    assert (told.is_strict, told.is_searched) == (query.is_strict, query.candidates is None)
+    assert told.logged == {
+        "generation": expected.generation,
+        "is_known": query.person.is_known,
+        "history": len(query.person.history),
+        "k": query.k,
+        "n": len(expected),
+        "wanted": told.reports[Stage.RERANKING].wanted,
+        "reranked": told.reports[Stage.RERANKING].done,
+        "degraded": [],
+    }
+    for ours, theirs in zip(told.reports, expected.reports, strict=True):
         assert (ours.stage, ours.wanted, ours.done, ours.n_out) == (
             theirs.stage,
             theirs.wanted,
@@ -188,20 +193,20 @@ def test_a_request_that_is_wrong_is_refused_with_its_fields(child):
 
 def test_a_request_runs_at_the_quality_that_it_is_given(child):
     send_request(child, {"user": {"id": "ann"}}, quality=0.5)
-    ranking = child.receive()[1].ranking
-    report = ranking.report(Stage.RERANKING)
+    told = child.receive()[1]
+    report = told.reports[Stage.RERANKING]
     assert report.done == report.wanted / 2
-    assert ranking.degradations[-1].reason == "narrowed_by_load"
-    assert 0 < ranking.extra_s < np.inf
+    assert told.degradations[-1].reason == "narrowed_by_load"
+    assert 0 < told.extra_s < np.inf
 
 
 def test_what_a_child_has_no_time_for_is_carried(generation):
     child = Child(generation, paced_row_s=0.01).start()  # 32 rows, of which 8 are the least that is tried
     send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=0.25)
-    ranking = child.receive()[1].ranking
-    assert 0 < ranking.report(Stage.RERANKING).done < world.RERANK
-    assert len(ranking) == world.RERANK
-    assert ranking.extra_s == np.inf
+    told = child.receive()[1]
+    assert 0 < told.reports[Stage.RERANKING].done < world.RERANK
+    assert told.logged["n"] == world.RERANK
+    assert told.extra_s == np.inf
     child.end()
 
 
@@ -214,10 +219,10 @@ def test_a_request_that_is_told_to_stop_answers_with_what_there_is(generation):
     send_request(child, {"user": {"id": "ann"}, "k": 32}, timeout_s=10.0)
     assert begun.wait(60)
     child.tell(Kind.STOP)
-    header, (_, ranking, _) = child.receive()
+    header, told = child.receive()
     assert header.kind is Kind.RANKED
-    assert 0 < ranking.report(Stage.RERANKING).done < world.RERANK
-    assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RERANKING, "partial")]
+    assert 0 < told.reports[Stage.RERANKING].done < world.RERANK
+    assert [(d.stage, d.reason) for d in told.degradations] == [(Stage.RERANKING, "partial")]
     child.end()
 
 
@@ -320,6 +325,6 @@ def test_a_fault_of_a_stage_in_a_child_costs_quality_not_the_answer(child, monke
 
     monkeypatch.setattr(scoring.ShardModel, "score", score)
     send_request(child, {"user": {"id": "cho"}})
-    ranking = child.receive()[1].ranking
-    assert [(d.stage, d.reason) for d in ranking.degradations] == [(Stage.RERANKING, "failed")]
-    assert len(ranking) == world.K
+    told = child.receive()[1]
+    assert [(d.stage, d.reason) for d in told.degradations] == [(Stage.RERANKING, "failed")]
+    assert told.logged["n"] == world.K

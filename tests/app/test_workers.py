@@ -12,10 +12,11 @@ import orjson
 import pytest
 import pytest_asyncio
 
+from app import wire
 from app.bundle import load
 from app.control.deadline import Deadline
 from app.errors import InvalidRequest, ServerError, StageFailed
-from app.flow import Degradation, Outcome, Sent, Stage
+from app.flow import Degradation, Outcome, Sent, Stage, Told
 from app.funnel import Funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
@@ -376,7 +377,13 @@ def running(pool, generation) -> Funnel:
 
 async def rank(funnel: Funnel, request, timeout_s: float = LONG_S):
     query = offline_query(request, funnel.generation)
-    return await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), timeout_s), sent=sent(request))
+    found = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), timeout_s), sent=sent(request))
+    return found if isinstance(found, Told) else wire.told(found, funnel.generation)
+
+
+def rows_of(told: Told) -> list[int]:
+    """What was shown, best first."""
+    return [world.ITEM_IDS.tolist().index(item["id"]) for item in orjson.loads(wire.finished(told, {}))["items"]]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=str)
@@ -385,20 +392,23 @@ async def test_a_request_that_one_worker_ranks_has_the_ranking_of_the_offline_fu
 ):
     alone = await rank_offline(funnel, offline_query(request_, generation))
     for pool in pools.values():
-        query, ranking, _ = await rank(running(pool, generation), request_)
-        assert query.request_id == "r-1"
-        assert ranking.report(Stage.RERANKING).shards == 1
-        assert ranking.degradations == ()
-        assert ranking.rows.tolist() == alone.rows.tolist()
-        np.testing.assert_allclose(ranking.scores, alone.scores, rtol=1e-5)
+        told = await rank(running(pool, generation), request_)
+        answer = orjson.loads(wire.finished(told, {"total": 1.0}))
+        wire.RankResponse.model_validate_json(orjson.dumps(answer))
+        assert (answer["request_id"], answer["took_ms"]) == ("r-1", {"total": 1.0})
+        assert answer["coverage"]["shards"] == told.reports[Stage.RERANKING].shards == 1
+        assert told.degradations == () and not answer["degraded"]
+        assert rows_of(told) == alone.rows.tolist()
+        np.testing.assert_allclose([item["score"] for item in answer["items"]], alone.scores, rtol=1e-5)
+        assert told.first == tuple((Stage.RERANKING, item["score"]) for item in answer["items"][: wire.SCORES_TOLD])
 
 
 async def test_many_requests_at_once_get_each_their_own_answer(pools, generation):
     funnel = running(pools[2], generation)
     answers = await asyncio.gather(*(rank(funnel, {"user": {"id": world.USER_IDS[i % 5]}, "k": 3}) for i in range(40)))
-    for i, (query, ranking, _) in enumerate(answers):
-        assert query.person.history.tolist() == list(world.HISTORIES[i % 5])
-        assert not set(world.HISTORIES[i % 5]) & set(ranking.rows.tolist())
+    for i, told in enumerate(answers):
+        assert told.logged["history"] == len(world.HISTORIES[i % 5])
+        assert not set(world.HISTORIES[i % 5]) & set(rows_of(told))
     assert pools[2].backlog == 0
 
 
@@ -412,12 +422,12 @@ async def test_re_ranking_that_takes_one_worker_too_long_is_shared(generation, s
     pool = Watched(generation, 2, given=Given(paced_row_s=0.005))  # 32 rows of a wanted 32: 160 ms
     await pool.start()
     funnel = running(pool, generation)
-    _, shared, _ = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
-    assert shared.report(Stage.RERANKING).shards == 2
-    _, alone, _ = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
-    assert alone.report(Stage.RERANKING).shards == 1
-    _, narrow, _ = await rank(funnel, {"user": {"id": "cho"}, "rerank_count": 4}, 0.4)
-    assert narrow.report(Stage.RERANKING).shards == 1
+    shared = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
+    assert shared.reports[Stage.RERANKING].shards == 2
+    alone = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
+    assert alone.reports[Stage.RERANKING].shards == 1
+    narrow = await rank(funnel, {"user": {"id": "cho"}, "rerank_count": 4}, 0.4)
+    assert narrow.reports[Stage.RERANKING].shards == 1
     await pool.close()
 
 
@@ -429,8 +439,8 @@ async def test_the_request_of_a_dying_worker_is_ranked_by_another(generation):
     while not pool.workers[0].job:  # noqa: ASYNC110  (the pool has no event for it)
         await asyncio.sleep(0)
     os.kill(pool.pids()[0], signal.SIGKILL)
-    _, found, _ = await ranking
-    assert found.rows.tolist() == [21, 22, 23, 24, 25]
+    found = await ranking
+    assert rows_of(found) == [21, 22, 23, 24, 25]
     assert found.degradations == ()
     assert (pool.outcomes["lost"], pool.sent["hedge"]) == (1, 0)
     await pool.close()
@@ -441,8 +451,8 @@ async def test_a_request_that_is_late_is_hedged_and_the_first_answer_wins(genera
     await pool.start()
     os.kill(pool.pids()[0], signal.SIGSTOP)
     pool.hedges.left = 1e6
-    _, found, _ = await rank(running(pool, generation), {"user": {"id": "cho"}})
-    assert found.rows.tolist() == [21, 22, 23, 24, 25]
+    found = await rank(running(pool, generation), {"user": {"id": "cho"}})
+    assert rows_of(found) == [21, 22, 23, 24, 25]
     assert pool.sent["hedge"] > 0 == pool.outcomes["lost"]
     await pool.close()
 
@@ -468,8 +478,8 @@ async def test_a_search_that_a_filter_leaves_little_of_says_nothing_of_costs(poo
     pool = pools[1]
     before = [cost.log_scale for cost in pool.given.costs]
     filtered = {"filters": [{"field": "genres", "eq": "horror"}, {"field": "year", "lte": 1992}]}
-    _, ranking, _ = await rank(running(pool, generation), filtered)
-    found = ranking.report(Stage.RETRIEVAL)
+    told = await rank(running(pool, generation), filtered)
+    found = told.reports[Stage.RETRIEVAL]
     assert 0 < found.done < found.wanted
     assert pool.given.costs[0].log_scale == before[0]
 
@@ -480,8 +490,8 @@ async def test_a_request_that_no_worker_begins_in_time_is_ranked_all_the_same(ge
     os.kill(pool.pids()[0], signal.SIGSTOP)
     funnel = running(pool, generation)
     first = asyncio.create_task(rank(funnel, {"user": {"id": "cho"}}, 0.5))
-    _, found, _ = await rank(funnel, {"user": {"id": "cho"}}, 0.5)  # this one waits behind the first
-    assert len(found) == len((await first).ranking) == world.K
+    found = await rank(funnel, {"user": {"id": "cho"}}, 0.5)  # this one waits behind the first
+    assert len(rows_of(found)) == len(rows_of(await first)) == world.K
     assert pool.outcomes["expired"] >= 1
     assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in found.degradations
     await pool.close()
@@ -496,9 +506,9 @@ async def test_when_the_last_worker_dies_who_waits_is_ranked_without_one_at_once
     while len(pool.queue) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0)
     os.kill(pool.pids()[0], signal.SIGKILL)
-    for _, ranking, _ in await asyncio.gather(*rankings):  # pre-ranked here; re-ranked if the next is there so soon
-        assert set(ranking.rows.tolist()) <= set(range(21, 30))
-        assert len(ranking) == world.K
+    for told in await asyncio.gather(*rankings):  # pre-ranked here; re-ranked if the next is there so soon
+        assert set(rows_of(told)) <= set(range(21, 30))
+        assert len(rows_of(told)) == world.K
     await pool.close()
 
 
