@@ -25,6 +25,7 @@ from loadtest.plan import bundles, calibration, measure
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, latencies, model
+from loadtest.plan.report import of_load
 from loadtest.plan.speed import probing
 from loadtest.table import Figure, verdict
 
@@ -221,8 +222,8 @@ def table(rows: Sequence[Row], calibrated: Calibration) -> str:
     """What was measured and what was predicted, in Markdown."""
     shares = " | ".join(f"p99 at {share:.0%}, ms" for share in SHARES)
     lines = [
-        f"Calibrated {calibrated.date} with {calibrated.base}: cores lose {calibrated.contention:.0%} to each other, "
-        f"{calibrated.wake_s * 1e3:.2f} ms to wake. Each cell: measured / predicted for the speed met.",
+        f"Calibrated {calibrated.date} with {calibrated.base}: {of_load(calibrated)}. "
+        "Each cell: measured / predicted for the speed met.",
         "",
         f"| configuration | machine's speed met | highest rate, a second | {shares} | notes |",
         f"|---|---|---|{'---|' * len(SHARES)}---|",

@@ -12,7 +12,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 4
+FORMAT = 5
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -87,7 +87,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. contention, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
+    """One calibration. warmth, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
 
     search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the caller named it. contents:
     of its files, whatever its widths (bundles.py).
@@ -111,7 +111,7 @@ class Calibration:
     demand: Demand
     loaded: tuple[Loaded, ...]
     memory: Memory
-    contention: float = 0.0
+    warmth: tuple[float, float] = (1.0, 0.0)
     wake_s: float = 0.0
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)

@@ -34,6 +34,7 @@ from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import niceness, read_memory, spent
 from loadtest.plan.recipe import Model
+from loadtest.plan.report import of_load
 from loadtest.plan.simulation import Machine
 from loadtest.plan.speed import Probe, probing
 
@@ -113,8 +114,7 @@ def calibrate(
     )
     say("fitting what load does")
     fitted = fit.fit(calibration)
-    lose = f"cores lose {fitted.contention:.0%} to each other, who wakes waits {fitted.wake_s * 1e3:.2f} ms"
-    say(f"{lose}; the simulation is off by {fitted.error:.0%}")
+    say(f"{of_load(fitted)}; the simulation is off by {fitted.error:.0%}")
     return fitted
 
 
@@ -186,6 +186,7 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
     """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
+    run(target, rate, seconds / PARTS, 1, LOADS)  # nobody's first load counts either
     for number in range(LOADS):
         before = spent(target.server.process.pid, target.pids)
         seen, speeds = run(target, rate, seconds, PARTS, number)

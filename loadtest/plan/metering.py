@@ -47,10 +47,10 @@ def niceness(server: Server) -> int:
 def read_memory(server: Server, bundle: Path) -> Memory:
     """What the service's processes hold: proportional shares, and what is each one's own."""
     workers = list(server.workers().values())
-    own = {pid: _smaps(pid, "Private_Dirty") for pid in (server.process.pid, *workers)}
+    own = {pid: smaps(pid, "Private_Dirty") for pid in (server.process.pid, *workers)}
     files = sum(entry["size"] for entry in json.loads((bundle / "manifest.json").read_text())["files"].values())
     return Memory(
-        pss=sum(_smaps(pid, "Pss") for pid in own),
+        pss=sum(smaps(pid, "Pss") for pid in own),
         main_private=own[server.process.pid],
         worker_private=int(np.mean([own[pid] for pid in workers])),
         files=files,
@@ -58,7 +58,7 @@ def read_memory(server: Server, bundle: Path) -> Memory:
     )
 
 
-def _smaps(pid: int, name: str) -> int:
+def smaps(pid: int, name: str) -> int:
     """Bytes of one line of the sum over all maps."""
     for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if row.startswith(f"{name}:"):

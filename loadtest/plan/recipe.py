@@ -8,7 +8,7 @@ several: these share it. The narrow part is person, retrieval and pre-ranking. A
 station of its own, in front and at the end; plans leave it out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ class Model:
     """What is simulated: who there is, and what a request takes them.
 
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
-    SLA, by which the search must be over, or the service narrows it.
+    SLA, by which the search must be over, or the service narrows it. warmth: what a request's CPU is of the demand
+    where cores are idle, and what is added to that where all are busy: less than nothing if caches stay warm.
     """
 
     demand: Demand
@@ -44,6 +45,7 @@ class Model:
     has_client: bool = False
     scale: float = 1.0
     search_share: float = 1.0
+    warmth: tuple[float, float] = (1.0, 0.0)
 
     @property
     def stations(self) -> list[Station]:
@@ -109,7 +111,7 @@ class Model:
     @property
     def narrows_at_s(self) -> float:
         """The latency from which on the service narrows: close to the SLA, or where the search is late before that."""
-        means, c = self.means(), self.configuration
+        means, c = self.means(), self.configuration  # hot or cold: it is little beside the budget
         after_s = means["preranking"] + means["reranking"] / self.shards(c) + means["loop"] / 2 + means["client"]
         return min(NARROWS_AT * c.sla_s, self.search_share * c.sla_s + after_s)
 
@@ -118,7 +120,15 @@ class Model:
         rng = np.random.default_rng([seed, 7])
         n = int(min(max(rate * seconds, 100), MOST_REQUESTS))
         arrivals: Floats = np.cumsum(rng.exponential(1 / rate, n))
-        return simulate(arrivals, self.steps(n, rng), self.stations, self.machine, seed)
+        here = replace(self, scale=self.scale * self.factor(rate))
+        return simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
+
+    def factor(self, rate: float) -> float:
+        """What a request's CPU is of the demand at this rate: by how busy the cores are with just that."""
+        alone = rate * sum(self.means().values()) / self.machine.cores
+        cold, more = self.warmth
+        busy = alone * cold / (1 - alone * more) if alone * more < 1 else 1.0
+        return cold + more * min(1.0, busy)
 
     @property
     def bound(self) -> float:
@@ -128,7 +138,7 @@ class Model:
         if not self.is_shared(c):
             of_threads, of_workers = 0.0, of_threads + of_workers
         of_cores = sum(means.values()) / self.machine.cores
-        fastest = 1 - min(0.0, self.machine.contention)
+        fastest = 1 / min(self.warmth[0], sum(self.warmth))
         return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
 
@@ -162,9 +172,9 @@ def model(
     cores: int | None = None,
 ) -> Model:
     """The calibrated service in another configuration; scale: how much slower the machine is than it was."""
-    machine = Machine(cores or calibration.cores, calibration.contention, calibration.wake_s * scale)
-    share = calibration.search_share
-    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale, share)
+    machine = Machine(cores or calibration.cores, calibration.wake_s * scale)
+    share, warmth = calibration.search_share, calibration.warmth
+    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale, share, warmth)
 
 
 def latencies(models: list[Model], rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:

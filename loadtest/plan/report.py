@@ -39,14 +39,23 @@ def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_
     yield from _provenance(calibration, question, plan)
 
 
+def of_load(calibration: Calibration) -> str:
+    """What was fitted on the runs under load, in words."""
+    cold, more = calibration.warmth
+    takes = f"a request's CPU is {cold:.2f} x that of one at a time on idle cores and {cold + more:.2f} x on busy ones"
+    return f"{takes}, who wakes waits {calibration.wake_s * 1e3:.2f} ms"
+
+
 def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Iterator[str]:
     """Which numbers were measured here, which fitted, simulated, extrapolated."""
     quick = "; a quick one, no measurement" if calibration.is_quick else ""
     where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base}{quick}"
     yield _row("measured", where)
-    lose = f"cores lose {calibration.contention:.0%} to each other, who wakes waits {calibration.wake_s * 1e3:.2f} ms"
     runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
-    yield _row("fitted", f"{lose}; {runs}" if calibration.loaded else "nothing: no run under load could be used")
+    yield _row(
+        "fitted",
+        f"{of_load(calibration)}; {runs}" if calibration.loaded else "nothing: no run under load could be used",
+    )
     if plan.is_shared:
         assumed = f"the event loop takes {FAN_OUT_S * 1e3:.2f} ms a shard; the calibration shared no request"
         yield _row("assumed", assumed)

@@ -3,9 +3,8 @@
     arrivals ─▶ step ─▶ step ─▶ …      a step: a station, CPU seconds, parts side by side, then a pause without CPU
 
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
-at work than cores each gets its share by the scheduler's weights, never more than one core; and with several cores
-busy every one of them is slower, or faster (`contention`: caches, memory, an interpreter lock). A step of several parts
-is over when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
+at work than cores each gets its share by the scheduler's weights, never more than one core. A step of several parts is
+over when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
@@ -33,11 +32,9 @@ class Station:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """cores; contention: what a core loses of its speed when all are busy, under 1, and under 0 a gain; it grows evenly
-    from one busy core to all. wake_s: mean wait for a core when all are busy, seconds, exponential."""
+    """wake_s: mean wait for a core when all are busy, seconds, exponential."""
 
     cores: int
-    contention: float = 0.0
     wake_s: float = 0.0
 
 
@@ -189,8 +186,4 @@ class _Speeds:
                 shares[s] = 1.0
                 cores -= running[s]
                 hungry.remove(s)
-        busy = min(self.machine.cores, sum(n for n, w in zip(running, self.weights, strict=True) if w))
-        others = max(0, busy - 1) / max(1, self.machine.cores - 1)
-        slower = 1 - self.machine.contention * others
-        speeds = [share * (slower if weight else 1.0) for share, weight in zip(shares, self.weights, strict=True)]
-        return speeds, [share if weight else 0.0 for share, weight in zip(shares, self.weights, strict=True)]
+        return shares, [share if weight else 0.0 for share, weight in zip(shares, self.weights, strict=True)]

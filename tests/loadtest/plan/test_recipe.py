@@ -117,3 +117,23 @@ def test_a_run_in_parts_meets_each_part_s_speed() -> None:
     models = [model(CALIBRATION, BASE, scale=scale) for scale in (1.0, 3.0)]
     met = latencies(models, rate=0.01, seconds=40_000)
     assert sorted(set(np.round(met / ALONE_S, 3))) == [1.0, 3.0]
+
+
+def test_busy_cores_keep_caches_warm() -> None:
+    """Of a request that takes 1.2 x alone and 0.8 x on busy cores: the factor is on the line at its own load."""
+    one = replace(model(CALIBRATION, BASE), warmth=(1.2, -0.4))
+    demand_s = sum(one.means().values())
+    assert one.factor(1e-6) == pytest.approx(1.2)
+    for rate in (50, 150, 300):
+        factor = one.factor(rate)
+        assert factor == pytest.approx(1.2 - 0.4 * rate * demand_s * factor / CALIBRATION.cores)
+    assert one.factor(1e6) == pytest.approx(0.8)
+    assert one.bound == pytest.approx(model(CALIBRATION, BASE).bound / 0.8)
+
+
+def test_neighbours_in_the_way_cost_until_all_cores_are_busy() -> None:
+    one = replace(model(CALIBRATION, BASE), warmth=(1.0, 0.5))
+    assert one.factor(1e6) == pytest.approx(1.5)
+    assert 1.0 < one.factor(100) < 1.5
+    seen, alone = one.at(100, 20), model(CALIBRATION, BASE).at(100, 20)
+    assert sum(seen.cpu_s) == pytest.approx(one.factor(100) * sum(alone.cpu_s))

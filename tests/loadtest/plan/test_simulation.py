@@ -77,7 +77,7 @@ def test_the_classic_funnel_takes_500_ms_on_one_shard_and_100_on_five() -> None:
 
 
 def test_latency_never_falls_when_the_same_requests_come_faster() -> None:
-    means = [one_station(load, EXPONENTIAL, 2, Machine(2, 0.2)).latency_s.mean() for load in (0.2, 0.5, 0.8, 1.1)]
+    means = [one_station(load, EXPONENTIAL, 2, Machine(2)).latency_s.mean() for load in (0.2, 0.5, 0.8, 1.1)]
     assert means == sorted(means)
 
 
@@ -88,14 +88,6 @@ def test_all_work_is_done_and_cores_are_held_for_it_once() -> None:
     assert seen.cpu_s[0] == pytest.approx(2_000 * 0.2)
     assert seen.cpu_s[1] == pytest.approx(work.sum())
     assert np.all(seen.latency_s >= 0.1 + work.max(axis=1) + 0.5 + 0.1 - 1e-6)
-
-
-def test_contention_takes_as_much_speed_as_it_says_and_only_from_company() -> None:
-    two = [Step(0, np.ones((1, 2)))]
-    together = simulate(np.zeros(1), two, [Station("workers", 2)], Machine(2, contention=0.2))
-    assert together.latency_s[0] == pytest.approx(1 / (1 - 0.2))
-    alone = simulate(np.zeros(1), [Step(0, np.ones(1))], [Station("workers", 2)], Machine(2, contention=0.2))
-    assert alone.latency_s[0] == pytest.approx(1)
 
 
 def test_who_is_nice_leaves_the_core_to_who_isn_t() -> None:
@@ -114,7 +106,7 @@ def test_an_accelerator_holds_no_core() -> None:
 
 
 def test_the_same_seed_gives_the_same_latencies() -> None:
-    machine = Machine(2, 0.1, wake_s=0.1)
+    machine = Machine(2, wake_s=0.1)
     first, again = (one_station(0.8, EXPONENTIAL, 3, machine).latency_s for _ in range(2))
     assert np.array_equal(first, again)
 
