@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed monitoring-test lock image-test bench-capacity clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed bench-scale monitoring-test lock image-test bench-capacity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,20 +57,27 @@ format: $(VENV)/dev.stamp  ## format the tree and mend what the linter can
 bench-quality: $(VENV)/train.stamp  ## fit, measure and print the quality table; exits non-zero under a bar
 	$(BIN)/python -m models.bench_quality
 
-models/bundles/w1/manifest.json: | $(VENV)/loadtest.stamp
+models/bundles/w1/manifest.json: | $(VENV)/train.stamp
 	$(BIN)/python -m models synthesize --seed 0 --out models/bundles/w1 --name w1
 
-models/bundles/w1b/manifest.json: | $(VENV)/loadtest.stamp
+models/bundles/w1b/manifest.json: | $(VENV)/train.stamp
 	$(BIN)/python -m models synthesize --seed 1 --out models/bundles/w1b --name w1b
 
 bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models/bundles/w1b/manifest.json  ## faults and overload on a million items: over an hour
 	$(BIN)/python -m loadtest faults
 
+models/bundles/w1-int8/manifest.json: models/bundles/w1-cut/manifest.json | $(VENV)/loadtest.stamp
+	$(BIN)/python -m models quantise models/bundles/w1-cut --requests models/bundles/w1.requests.jsonl \
+	  --out models/bundles/w1-int8 --force
+
 models/bundles/w1-cut/manifest.json: models/bundles/w1/manifest.json | $(VENV)/loadtest.stamp
 	$(BIN)/python -m models hoist models/bundles/w1 --out models/bundles/w1-cut --force
 
-bench-speed: $(VENV)/loadtest.stamp models/bundles/w1-cut/manifest.json  ## the service over its raw kernels on a million items: about an hour
+bench-speed: $(VENV)/loadtest.stamp models/bundles/w1-int8/manifest.json  ## the service over its raw kernels on a million items: about an hour
 	$(BIN)/python -m loadtest.bench_speed
+
+bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items: half an hour, 10 GB of disk
+	$(BIN)/python -m loadtest.bench_scale
 
 # Debian's package, unpacked and not installed: no root, no service that starts, nothing outside .venv.
 PROMETHEUS := $(VENV)/prometheus

@@ -4,7 +4,8 @@
                 p50 at 20 requests a second, over the raw kernels' at the same rate
                 p99 over p50 at half of the highest rate
                 the highest rate, over what the raw kernels alone would allow on these cores
-    W1, cut     the same CPU and the same rate over the same kernels, its re-ranker cut (python -m models hoist)
+    W1, int8    the same CPU and the same rate over the same kernels, its re-ranker cut and then in eight bits
+                (python -m models hoist, quantise)
     W2          CPU of re-ranking, cut over whole and over cut by hand (python -m models.bench_hoisting)
 
 What each means and how it is taken is loadtest/limits/'s. Exit codes: 0, 1 when a bar is missed, 2 for what can't be
@@ -24,11 +25,12 @@ from typing import Any
 
 from loadtest.launch import ROOT
 from loadtest.limits.command import BUNDLE, as_json, machine, progress, read_requests
-from loadtest.limits.measure import QUICK, Lengths, Limits, measure_limits
+from loadtest.limits.measure import QUICK, TOLERANCE, Lengths, Limits, measure_limits
 from loadtest.table import Figure, verdict
 
 RUNS = 3
-CUT = Path("models/bundles/w1-cut")
+INT8 = Path("models/bundles/w1-int8")
+IN_EIGHT_BITS = 0.1  # tolerance of scores, which are other ones then
 PATIENCE_S = 600.0  # for the offline half to score W2 whole some times
 
 
@@ -38,18 +40,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m loadtest.bench_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--cut", type=Path, default=CUT, help="made from it by `python -m models hoist`")
+    parser.add_argument("--int8", type=Path, default=INT8, help="made from it by `models hoist` and `models quantise`")
     parser.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, or made up, if absent")
     parser.add_argument("--quick", action="store_true", help="one short run, to see that it works: no measurement")
     parsed = parser.parse_args(arguments)
     bodies, began = read_requests(parser, parsed.bundle, parsed.requests), time.monotonic()
-    if not (parsed.cut / "manifest.json").is_file():
-        parser.error(f"--cut {parsed.cut}: there is none; python -m models hoist {parsed.bundle} --out {parsed.cut}")
+    if not (parsed.int8 / "manifest.json").is_file():
+        parser.error(f"--int8 {parsed.int8}: there is none; `make {INT8}/manifest.json` makes it")
     say, found = progress(began), dict[str, list[Limits]]()
-    for name, bundle in (("W1", parsed.bundle), ("W1, cut", parsed.cut)):
+    for name, bundle in (("W1", parsed.bundle), ("W1, int8", parsed.int8)):
         found[name] = measured(name, bundle, parsed.bundle, bodies, say, is_quick=parsed.quick)
     w2 = of_w2(say)
-    groups = [("W1", figures(found["W1"])), ("W1, cut", cut_figures(found["W1, cut"])), ("W2", w2_figures(w2))]
+    groups = [("W1", figures(found["W1"])), ("W1, int8", int8_figures(found["W1, int8"])), ("W2", w2_figures(w2))]
     facts = {"is_quick": parsed.quick, "seconds": round(time.monotonic() - began), "w2": w2}
     facts["runs"] = {name: [as_json(run) for run in runs] for name, runs in found.items()}
     return 0 if verdict("speed", groups, sys.stdout, machine() | facts, heading="world") else 1
@@ -64,7 +66,8 @@ def measured(
         say(f"{name}: measurement {number + 1}")
         try:
             lengths = QUICK if is_quick else Lengths()
-            runs.append(measure_limits(bundle, bodies, say, lengths=lengths, kernels_of=whole))
+            tolerance = IN_EIGHT_BITS if bundle != whole else TOLERANCE
+            runs.append(measure_limits(bundle, bodies, say, lengths=lengths, kernels_of=whole, tolerance=tolerance))
         except RuntimeError as e:
             say(f"not measured: {e}")
             return []
@@ -95,8 +98,8 @@ def figures(runs: Sequence[Limits]) -> tuple[Figure, ...]:
     )
 
 
-def cut_figures(runs: Sequence[Limits]) -> tuple[Figure, ...]:
-    """Of the same funnel with its re-ranker cut, over the kernels of the whole one."""
+def int8_figures(runs: Sequence[Limits]) -> tuple[Figure, ...]:
+    """Of the same funnel with its re-ranker cut and in eight bits, over the kernels of the whole one in float32."""
     return (
         Figure("CPU of the service / of the kernels", middle([r.cpu_ratio.value for r in runs]), most=0.75),
         Figure("highest rate / what the kernels allow", share(runs), least=1.0),

@@ -10,10 +10,13 @@ python -m models rewidth BUNDLE --retrieve N --rerank N --out BUNDLE
                                            the same bundle at other widths, by links
 python -m models hoist BUNDLE --out BUNDLE
                                            the same bundle, its re-ranker cut where that pays
+python -m models quantise BUNDLE --requests FILE --out BUNDLE
+                                           the same bundle, its re-ranker in eight bits where that pays
 python -m models demo                      all of it, served, with one request printed
 
 Exit codes: 0; 1 if the demo's service can't be started or asked; 2 for what can't be fetched, packed or evaluated;
-with one sentence. Only fetch, train and demo need torch and the network; each command imports no more than it needs.
+with one sentence. Only train, demo and synthesize (but for --untrained) need torch, fetch and demo the network; each
+command imports no more than it needs.
 """
 
 import argparse
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         ("synthesize", _synthesize, _synthesize_options),
         ("rewidth", _rewidth, _rewidth_options),
         ("hoist", _hoist, _hoist_options),
+        ("quantise", _quantise, _quantise_options),
         ("demo", _demo, _demo_options),
     ):
         command = commands.add_parser(name)
@@ -80,6 +84,7 @@ def _pack_options(command: argparse.ArgumentParser) -> None:
         "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_pq"), help="kind to begin with, not by size"
     )
     command.add_argument("--no-hoist", action="store_true", help="leave the re-ranker whole, even where a cut pays")
+    command.add_argument("--int8", action="store_true", help="the re-ranker in eight bits, where that pays")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
 
 
@@ -88,6 +93,7 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--requests", type=Path, required=True, help="a request of POST /v1/rank a line")
     command.add_argument("--most", type=int, default=200, help="requests, evenly spread over the file")
     command.add_argument("--k", type=int, default=10, help="how many of the re-ranker's own best")
+    command.add_argument("--truth", type=Path, help="of a made-up world, to judge answers by: <bundle>.truth.npz")
 
 
 def _synthesize_options(command: argparse.ArgumentParser) -> None:
@@ -95,6 +101,7 @@ def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dim", type=int, default=64, help="of the embeddings")
     command.add_argument("--hidden", type=_units, default=(512, 256, 128), help="units of the re-ranker's layers")
     command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
+    command.add_argument("--untrained", action="store_true", help="models of the same size that need no torch")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
@@ -110,6 +117,11 @@ def _rewidth_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rerank", type=int, required=True, help="candidates that the deep model scores")
     command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _quantise_options(command: argparse.ArgumentParser) -> None:
+    _hoist_options(command)
+    command.add_argument("--requests", type=Path, required=True, help="200 sample requests or more, a line each")
 
 
 def _hoist_options(command: argparse.ArgumentParser) -> None:
@@ -144,6 +156,7 @@ def _pack(parsed: argparse.Namespace) -> None:
 
     say = partial(print, flush=True)  # progress, also in a pipe
     wanted = {"recall": parsed.recall, "kind": parsed.index, "may_hoist": not parsed.no_hoist}
+    wanted["may_quantise"] = parsed.int8
     pack(parsed.config, parsed.out, **wanted, force=parsed.force, say=say)
 
 
@@ -154,6 +167,10 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
     generation = load(parsed.bundle)
     report(generation, parsed.requests, parsed.most, parsed.k)
+    if parsed.truth:
+        from models.truth import report as report_truth
+
+        report_truth(generation, parsed.requests, parsed.truth, parsed.most)
     print("\n".join(check(generation, read_requests(parsed.requests))))
 
 
@@ -168,6 +185,7 @@ def _synthesize(parsed: argparse.Namespace) -> None:
         seed=parsed.seed,
         name=parsed.name or parsed.out.name,
         force=parsed.force,
+        is_trained=not parsed.untrained,
         hidden=parsed.hidden,
         say=partial(print, flush=True),
     )
@@ -177,6 +195,12 @@ def _rewidth(parsed: argparse.Namespace) -> None:
     from models.rewidth import rewidth
 
     rewidth(parsed.bundle, parsed.out, retrieve=parsed.retrieve, rerank=parsed.rerank, force=parsed.force)
+
+
+def _quantise(parsed: argparse.Namespace) -> None:
+    from models.quantised import quantise
+
+    quantise(parsed.bundle, parsed.requests, parsed.out, force=parsed.force)
 
 
 def _hoist(parsed: argparse.Namespace) -> None:

@@ -112,6 +112,12 @@ def prerank(
         yield query, funnel.preranking.score(query, found)
 
 
+def kept(generation: Generation, queries: Iterable[Query]) -> Iterator[tuple[Query, Candidates]]:
+    """What reaches re-ranking, best first."""
+    for query, coarse in prerank(generation, queries):
+        yield query, coarse.top(generation.manifest.funnel.rerank).candidates
+
+
 def score_through(
     generation: Generation, queries: Iterable[Query], *, is_popular: bool = False
 ) -> Iterator[ScoredThrough]:

@@ -26,7 +26,7 @@ def hoist(bundle: Path, out: Path, *, force: bool = False, say: Say = print) -> 
         raise PackError(f"{bundle}: its re-ranker is cut already")
     requests = [golden.request for golden in generation.manifest.golden]
     queries = evaluate.resolve(generation, requests)
-    tried = trials(generation, queries, evaluate.embed(generation, queries))
+    tried = trials(generation, queries)
     if not tried:
         raise PackError(f"{bundle}: its golden requests have too few candidates to time anything on")
     model = onnx.load(str(bundle / hoisting.RE_RANKER))

@@ -59,7 +59,7 @@ class _Session:
         return dict(zip(self.makes, outputs, strict=True))
 
 
-class _Way:
+class Way:
     """One cut, ready to be run: `once`, then `rest`; what the item decides is known."""
 
     def __init__(self, parts: graph_parts.Parts, what: str) -> None:
@@ -81,7 +81,7 @@ def cut_where_it_pays(
     generation: Generation, model: onnx.ModelProto, trials: Sequence[Trial], say: Say
 ) -> tuple[Generation, dict[str, onnx.ModelProto]]:
     """The generation with the re-ranker in parts, its tables written, and the graphs by file; or all as it was."""
-    whole = _Way(graph_parts.Parts(model, None, None, ()), "whole")
+    whole = Way(graph_parts.Parts(model, None, None, ()), "whole")
     ways, nothing = [whole], dict[str, None]()
     for is_folded, has_tables in WAYS:
         what = name_of(is_folded=is_folded, has_tables=has_tables)
@@ -96,7 +96,7 @@ def cut_where_it_pays(
     if len(ways) == 1:
         say("re-ranker: served whole" + "".join(f"; {why}" for why in nothing))
         return generation, {RE_RANKER: model}
-    took = _timed(ways, trials, generation)
+    took = timed(ways, trials, generation)
     best = min(ways, key=lambda way: took[way.what])
     if took[best.what] > min(PAYS * took["whole"], took["whole"] - PAYS_S):
         best = whole
@@ -122,11 +122,11 @@ def reads(generation: Generation) -> graph_parts.Reads:
 
 def _made(
     generation: Generation, model: onnx.ModelProto, trials: Sequence[Trial], *, is_folded: bool, has_tables: bool
-) -> _Way:
+) -> Way:
     """One way. Raises Whole, also where the runtime doesn't take the parts or the schema can't bind them."""
     try:
         parts = graph_parts.cut(model, reads(generation), trials[0].feeds, is_folded=is_folded, has_tables=has_tables)
-        way = _Way(parts, name_of(is_folded=is_folded, has_tables=has_tables))
+        way = Way(parts, name_of(is_folded=is_folded, has_tables=has_tables))
     except graph_parts.Whole:
         raise
     except Exception as e:  # neither onnx's nor onnxruntime's exceptions have a root
@@ -140,11 +140,11 @@ def _made(
     return way
 
 
-def _tables_of(way: _Way) -> Sequence[onnx.ValueInfoProto]:
+def _tables_of(way: Way) -> Sequence[onnx.ValueInfoProto]:
     return [i for i in way.parts.rest.graph.input if i.name in way.parts.tables]
 
 
-def _compare(whole: _Way, way: _Way, generation: Generation, trials: Sequence[Trial]) -> None:
+def _compare(whole: Way, way: Way, generation: Generation, trials: Sequence[Trial]) -> None:
     """Raises Whole where scores differ by more than they may with the batch they are in."""
     per_row = {*reads(generation).item, *reads(generation).others}
     for trial in trials:
@@ -161,7 +161,7 @@ def _compare(whole: _Way, way: _Way, generation: Generation, trials: Sequence[Tr
                 raise graph_parts.Whole(f"its scores would differ by {difference:.2g}; allowed is {allowed:.2g}")
 
 
-def _timed(ways: Sequence[_Way], trials: Sequence[Trial], generation: Generation) -> dict[str, float]:
+def timed(ways: Sequence[Way], trials: Sequence[Trial], generation: Generation) -> dict[str, float]:
     """Median seconds of a request by way, in turns, with the rows gathered that each reads.
 
     Tables that aren't there yet are gathered as the embedding's rows are.
@@ -183,7 +183,7 @@ def _timed(ways: Sequence[_Way], trials: Sequence[Trial], generation: Generation
     return {what: float(np.median(seconds)) for what, seconds in took.items()}
 
 
-def _gathered(way: _Way, generation: Generation) -> list[str]:
+def _gathered(way: Way, generation: Generation) -> list[str]:
     inputs = generation.manifest.features.re_ranker
     of_items = [i.table or "embedding" for i in inputs if i.per == "item" and i.name in way.rest.reads]
     return [table for table in of_items if table in generation.tables] + ["embedding"] * len(way.parts.tables)
@@ -193,7 +193,7 @@ def _gathered(way: _Way, generation: Generation) -> list[str]:
 
 
 def _with(
-    generation: Generation, way: _Way, trials: Sequence[Trial], say: Say
+    generation: Generation, way: Way, trials: Sequence[Trial], say: Say
 ) -> tuple[Generation, dict[str, onnx.ModelProto]]:
     features = generation.manifest.features.model_copy(update={"re_ranker": _schema(generation, way)})
     for cached in ("fields", "of_request"):  # for the schema as it was
@@ -218,7 +218,7 @@ def _with(
     return changed, {RE_RANKER: way.parts.rest} | ({ONCE: way.parts.once} if way.parts.once else {})
 
 
-def _schema(generation: Generation, way: _Way) -> tuple[ModelInput, ...]:
+def _schema(generation: Generation, way: Way) -> tuple[ModelInput, ...]:
     """What the parts read. Raises Whole where that can't be said, or where a request's field would be forgotten."""
     wanted = {name for part in (way.once, way.rest) if part for name in part.reads}
     inputs = []
@@ -232,7 +232,7 @@ def _schema(generation: Generation, way: _Way) -> tuple[ModelInput, ...]:
     return (*inputs, *(ModelInput(name=n, source=Source.ITEM_TABLE, table=t) for n, t in of_tables.items()))
 
 
-def _write(generation: Generation, way: _Way) -> dict[str, Array]:
+def _write(generation: Generation, way: Way) -> dict[str, Array]:
     """The tables, each f32[N, ...], made in blocks of items. Returns memory maps by name."""
     inputs = tuple(i for i in generation.manifest.features.re_ranker if way.item and i.name in way.item.reads)
     nobody, n, written = Person(np.empty(0, np.int64), {}), generation.n_items, dict[str, Array]()

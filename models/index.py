@@ -13,6 +13,7 @@ index: seeds are fixed, a graph is built on one thread, and what a search takes 
 Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured anew each time.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -223,8 +224,11 @@ def _filled(kind: Kind, embeddings: NDArray[Any]) -> faiss.Index:
         index.cp.seed = SEED
         rows = np.random.default_rng(SEED).permutation(n)[: TRAIN_POINTS * n_lists(n)]
         index.train(np.ascontiguousarray(embeddings[np.sort(rows)], np.float32))
+    if kind != "hnsw":  # rows go to lists, one at a time: which, and in what order, doesn't hang on the threads
+        faiss.omp_set_num_threads(os.cpu_count() or 1)
     for _, block in _blocks(embeddings):
         index.add(block)
+    faiss.omp_set_num_threads(1)
     return index
 
 

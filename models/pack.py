@@ -1,12 +1,12 @@
 """pack.toml → a bundle: what any team does with its arrays and ONNX files, and what the trainers here do too.
 
-    arrays ─▶ checked, copied ──────┐
-    graphs ─▶ checked, bound, cut  ─┴▶ draft ─▶ index ─▶ calibration ─▶ loss ─▶ golden scores ─▶ proved ─▶ in place
+    arrays ─▶ checked, copied ┐
+    graphs ─▶ checked, bound ─┴▶ draft ─▶ index ─▶ cut, int8 ─▶ calibration ─▶ loss ─▶ golden ─▶ proved ─▶ in place
 
 The draft is a directory beside the target: there is a whole bundle or none. The end is what the service itself
 does at its start (load, then the golden requests), so what was packed can be served. Every refusal is a
 PackError of one sentence. Same inputs, same files, but for `created` (SOURCE_DATE_EPOCH fixes that too) and for where
-the re-ranker is cut, which the clock decides (hoisting.py; `may_hoist=False` leaves it whole). It is over
+the re-ranker is cut, and whether int8 pays, which the clock decides (`may_hoist=False` leaves it whole). It is over
 250 lines because every arrow above is a step here, in that order.
 """
 
@@ -35,6 +35,7 @@ from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manife
 from models import evaluate, graph, hoisting, index, loss, score_scale
 from models.pack_config import PackConfig, PackError, read_config
 from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies
+from models.quantising import quantise_where_it_pays
 
 Say = Callable[[str], None]
 
@@ -54,6 +55,7 @@ def pack(
     recall: float = 0.95,
     kind: index.Kind | None = None,
     may_hoist: bool = True,
+    may_quantise: bool = False,
     force: bool = False,
     say: Say = print,
 ) -> Path:
@@ -63,6 +65,7 @@ def pack(
         recall: what retrieval must find of the exact best, at the configured width.
         kind: the index kind to begin with, instead of the one that the catalogue's size suggests.
         may_hoist: cut the re-ranker where that pays (hoisting.py); else it is served as it is.
+        may_quantise: serve it in eight bits where that pays and loses next to nothing (quantising.py).
         force: replace a bundle that is there.
     Raises: PackError. Nothing is left behind then, and what was there stays.
     """
@@ -72,7 +75,7 @@ def pack(
     check_target(out, force)
     with draft_beside(out) as draft:
         try:
-            generation = _fill(config, draft, (recall, kind), may_hoist, say)
+            generation = _fill(config, draft, (recall, kind), (may_hoist, may_quantise), say)
         except BundleError as e:
             raise PackError(str(e)) from e
         move(draft, out)
@@ -81,16 +84,12 @@ def pack(
 
 
 def _fill(
-    config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | None], may_hoist: bool, say: Say
+    config: PackConfig, draft: Path, wanted: tuple[float, index.Kind | None], may: tuple[bool, bool], say: Say
 ) -> Generation:
     """Everything that the bundle holds, step by step. Returns it as the service would load it."""
+    may_hoist, may_quantise = may
     say(f"pack: {config.name} {config.version}")
-    requests = evaluate.read_requests(config.samples)
-    if len(requests) < FEWEST_SAMPLES:
-        raise PackError(
-            f"samples: {config.samples.name} has {len(requests)} requests; allowed is {FEWEST_SAMPLES} or more, the "
-            "calibration is fitted on them"
-        )
+    requests = check_samples(config.samples)
     n_items = write_items(config, draft)
     write_users(config, draft, n_items)
     write_vocabularies(config, draft)
@@ -102,19 +101,40 @@ def _fill(
     users = evaluate.embed(generation, queries)
     generation = _try_models(generation, models, queries, users)
     say(f"graphs: rows are scored alone, on {TRIAL_REQUESTS} requests of {TRIAL_ROWS} rows")
-    tried = trials(generation, queries, users) if may_hoist else []
+    generation = _with_index(generation, users, wanted, say)
+    tried = trials(generation, queries) if may_hoist else []
     if may_hoist and not tried:
         say(f"re-ranker: served whole; no sample request has {FEWEST_TIMED} candidates to time it on")
     if tried:
         generation, parts = hoisting.cut_where_it_pays(generation, models[hoisting.RE_RANKER], tried, say)
         models |= parts
+    if may_quantise:
+        re_ranker = models[hoisting.RE_RANKER]
+        generation, models[hoisting.RE_RANKER] = quantise_where_it_pays(generation, re_ranker, queries, say)
     for name, model in models.items():
         (draft / name).write_bytes(model.SerializeToString(deterministic=True))
-    generation = _with_index(generation, users, wanted, say)
+    return measured(generation, queries, requests, say)
+
+
+def check_samples(file: Path) -> list[evaluate.Request]:
+    """The sample requests. Raises PackError where they are too few."""
+    requests = evaluate.read_requests(file)
+    if len(requests) < FEWEST_SAMPLES:
+        raise PackError(
+            f"samples: {file.name} has {len(requests)} requests; allowed is {FEWEST_SAMPLES} or more, the "
+            "calibration is fitted on them"
+        )
+    return requests
+
+
+def measured(
+    generation: Generation, queries: Sequence[Query], requests: Sequence[evaluate.Request], say: Say
+) -> Generation:
+    """What hangs on the re-ranker's scores: calibration, losses and golden requests, written. Returns it as loaded."""
     generation = _with_calibration(generation, queries, say)
     generation = _with_loss(generation, requests, say)
-    write_manifest(generation.manifest, draft)
-    return with_golden(load(draft), requests, say)
+    write_manifest(generation.manifest, generation.path)
+    return with_golden(load(generation.path), requests, say)
 
 
 # --------------------------------------------------------------------------------------------- graphs
@@ -154,22 +174,22 @@ def _try_models(
     return generation
 
 
-def trials(generation: Generation, queries: Sequence[Query], users: NDArray[np.float32]) -> list[hoisting.Trial]:
-    """Sample requests at the width of re-ranking, to be timed on."""
-    rng, width, found = np.random.default_rng(SEED), generation.manifest.funnel.rerank, []
-    for at in np.linspace(0, len(queries) - 1, TRIAL_REQUESTS).astype(int):
-        candidates = _trial_candidates(generation, queries[at], users[at], rng, width)
-        if len(candidates) >= FEWEST_TIMED:
-            found.append(hoisting.Trial(candidates.rows, evaluate.re_ranker_feeds(generation, queries[at], candidates)))
-    return found
+def trials(generation: Generation, queries: Sequence[Query]) -> list[hoisting.Trial]:
+    """Some sample requests as they reach re-ranking, to be timed on."""
+    chosen = [queries[at] for at in np.linspace(0, len(queries) - 1, TRIAL_REQUESTS).astype(int)]
+    return [
+        hoisting.Trial(candidates.rows, evaluate.re_ranker_feeds(generation, query, candidates))
+        for query, candidates in evaluate.kept(generation, chosen)
+        if len(candidates) >= FEWEST_TIMED
+    ]
 
 
 def _trial_candidates(
-    generation: Generation, query: Query, user: NDArray[np.float32], rng: np.random.Generator, n: int = TRIAL_ROWS
+    generation: Generation, query: Query, user: NDArray[np.float32], rng: np.random.Generator
 ) -> Candidates:
     """The caller's own candidates if it names some, else rows from all over the catalogue."""
     rows = np.arange(generation.n_items) if query.candidates is None else query.candidates
-    rows = np.sort(rng.choice(rows, min(n, len(rows)), replace=False))
+    rows = np.sort(rng.choice(rows, min(TRIAL_ROWS, len(rows)), replace=False))
     scores = np.asarray(generation.tables["embedding"][rows], np.float32) @ user
     return Candidates(rows, sealed(scores), np.full(len(rows), Origin.INDEX, np.uint32), user)
 

@@ -1,12 +1,12 @@
-"""Stand-ins for trained models: graphs of a real size whose answers make sense, without training.
+"""The graphs of a made-up world's models, and stand-ins for trained weights that need no training.
 
     user = e / |e|,  e = b + 0.3 W2 tanh(W1 [b, moment]),  b = (sum of the history + popular) / (items in it + 1)
     p    = logistic(MLP [user, item, user * item, features]),  3 d + 32 - 512 - 256 - 128 - 1
 
-The re-ranker's layers are random but for two things: every unit of the first also sees the inner product
-user · item, and the last layer is fitted by ridge regression to a taste that is written down here (`taste`). What the
-random layers make of that taste is the truth of this world. The pre-ranker is fitted to it as a trained one would
-be, on what the re-ranker says of retrieved candidates. Where the arrays and the people come from is synthesize.py.
+What is trained (taught.py) has the same graphs. Here the re-ranker's layers are random but for two things: every unit
+of the first also sees the inner product user · item, and the last layer is fitted by ridge regression to a taste that
+is written down here (`taste`). What the random layers make of that taste is the truth for the pre-ranker, which is
+fitted on what the re-ranker says of retrieved candidates. Where arrays and people come from is made_up.py.
 """
 
 import math
@@ -96,16 +96,25 @@ class Found:
 def user_tower(popular: Floats, rng: np.random.Generator) -> onnx.ModelProto:
     """The graph at the top. popular f32[d]: the embedding that stands for somebody nothing is known of."""
     d = len(popular)
-    return _with_weights(
-        TOWER.format(length=HISTORY, d=d, moment=MOMENT),
+    return user_tower_of(
         {
             "popular": popular[None],
             "w1": np.concatenate([_normal(rng, d, TOWER_HIDDEN), 0.35 * _normal(rng, MOMENT, TOWER_HIDDEN)]),
             "b1": 0.1 * _normal(rng, TOWER_HIDDEN),
             "w2": CONTEXT_PULL * _normal(rng, TOWER_HIDDEN, d) / math.sqrt(0.5 * TOWER_HIDDEN * d),
             "b2": np.zeros(d),
-        },
+        }
     )
+
+
+def user_tower_of(weights: dict[str, NDArray[Any]]) -> onnx.ModelProto:
+    """The graph at the top: popular [1, d], w1 [d + moment, hidden], b1, w2 [hidden, d], b2."""
+    return _with_weights(TOWER.format(length=HISTORY, d=weights["popular"].shape[1], moment=MOMENT), weights)
+
+
+def re_ranker_of(weights: dict[str, NDArray[Any]], d: int) -> onnx.ModelProto:
+    """The graph at the top: w1 to w4, [in, out] each, with b1 to b4."""
+    return _with_weights(RE_RANKER.format(d=d, features=FEATURES), weights)
 
 
 def re_ranker(found: Found, rng: np.random.Generator, hidden_layers: tuple[int, ...] = HIDDEN) -> onnx.ModelProto:
@@ -121,7 +130,7 @@ def re_ranker(found: Found, rng: np.random.Generator, hidden_layers: tuple[int, 
     logits = hidden @ w + b
     stretch = SPREAD / logits.std()
     weights |= {"w4": (stretch * w)[:, None], "b4": np.array([stretch * (b - logits.mean()) + MEAN])}
-    return _with_weights(RE_RANKER.format(d=found.user.shape[1], features=FEATURES), weights)
+    return re_ranker_of(weights, found.user.shape[1])
 
 
 def taste(found: Found, rng: np.random.Generator) -> Floats:

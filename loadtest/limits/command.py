@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loadtest.lab.bodies import for_bundle
-from loadtest.limits.measure import POOL, QUICK, UNLOADED_RATE, Lengths, Limits, Ratio, measure_limits
+from loadtest.limits.measure import POOL, QUICK, TOLERANCE, UNLOADED_RATE, Lengths, Limits, Ratio, measure_limits
 
 BUNDLE = Path("models/bundles/w1")
 
@@ -21,7 +21,10 @@ BUNDLE = Path("models/bundles/w1")
 def add_arguments(limits: argparse.ArgumentParser) -> None:
     limits.add_argument("--bundle", type=Path, default=BUNDLE)
     limits.add_argument("--requests", type=Path, help="JSON, one a line; BUNDLE.requests.jsonl, or made up, if absent")
-    limits.add_argument("--kernels-of", type=Path, help="the bundle that --bundle was cut from: models hoist")
+    limits.add_argument(
+        "--kernels-of", type=Path, help="the bundle that --bundle was made from: models hoist, quantise"
+    )
+    limits.add_argument("--tolerance", type=float, default=TOLERANCE, help="how far scores may be from the kernels'")
     limits.add_argument("--rate", type=float, help="requests a second, instead of half of the highest, which is found")
     limits.add_argument("--unloaded-rate", type=float, default=UNLOADED_RATE, help="requests a second for p50")
     limits.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -33,7 +36,7 @@ def add_arguments(limits: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 1 where nothing could be measured."""
-    for name in ("rate", "unloaded_rate", "workers", "sla_ms", "rounds"):
+    for name in ("rate", "unloaded_rate", "workers", "sla_ms", "rounds", "tolerance"):
         value = getattr(parsed, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {value:g}: must be over 0")
@@ -52,6 +55,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             lengths=replace(lengths, rounds=parsed.rounds or lengths.rounds),
             workers=parsed.workers,
             kernels_of=parsed.kernels_of,
+            tolerance=parsed.tolerance,
             SLA_MS=str(parsed.sla_ms),
         )
     except RuntimeError as e:

@@ -135,18 +135,20 @@ def measure_limits(
     lengths: Lengths = Lengths(),
     workers: int = os.cpu_count() or 1,
     kernels_of: Path | None = None,
+    tolerance: float = TOLERANCE,
     **settings: str,
 ) -> Limits:
     """One measurement of one bundle. rate: of the loaded runs; half of the highest, which is searched, if None.
 
     kernels_of: the bundle whose kernels are run, where the service's was made from it and its re-ranker cut.
+    tolerance: how far a score may be from the kernels'; a re-ranker in eight bits gives other scores than they do.
     settings: of the service, as in launch.service. Raises: RuntimeError where kernels and service don't agree, where
     none of the requests can be timed, or where the service gives up quality again and again.
     """
     with bare_loop(kernels_of or bundle, bodies) as kernels, launch.service(bundle, workers, **settings) as server:
         if kernels.left_out:
             say(f"  left out: {kernels.left_out}")
-        compare(server, kernels, lengths.compared)
+        compare(server, kernels, lengths.compared, tolerance)
         highest: float | None = None
         search_cpu_ms: list[float] = []
         if rate is None:
@@ -185,7 +187,7 @@ def measure_limits(
     return Limits(rate, unloaded_rate, highest, hot, loads, paced, unloaded, dict(kernels.left_out), search_cpu_ms)
 
 
-def compare(server: Server, kernels: BareLoop, n: int) -> None:
+def compare(server: Server, kernels: BareLoop, n: int, tolerance: float = TOLERANCE) -> None:
     """The service's full answers to n of the requests are the kernels'. Raises RuntimeError that says which isn't."""
     for number in np.unique(np.linspace(0, len(kernels.bodies) - 1, n).astype(int)).tolist():
         given, (full, k) = unhurried(server, kernels.bodies[number]), kernels.answer(number)
@@ -196,7 +198,7 @@ def compare(server: Server, kernels: BareLoop, n: int) -> None:
         elif len(ids) != min(k, len(full.ids)):
             why = f"{len(ids)} items, not {min(k, len(full.ids))}"
         else:
-            why = differs(ids, scores, full, TOLERANCE)
+            why = differs(ids, scores, full, tolerance)
         if why:
             raise RuntimeError(f"request {number}: the service's answer isn't the kernels': {why}")
 

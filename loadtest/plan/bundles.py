@@ -46,7 +46,8 @@ def world(folder: Path, items: int, hidden: tuple[int, ...], d: int) -> Path:
     """A made-up bundle of so many items, with a re-ranker of these layers; its requests are beside it."""
     out = folder / f"{items}-{hidden[0]}"
     units = ",".join(map(str, hidden))
-    _make("synthesize", "--items", items, "--hidden", units, "--dim", d, "--out", out, "--name", out.name)
+    asked = ("--items", items, "--hidden", units, "--dim", d, "--out", out, "--name", out.name)
+    _make("synthesize", "--untrained", *asked)  # what weights they are doesn't change what they cost
     return out
 
 

@@ -315,7 +315,7 @@ def test_the_bench_holds_the_medians_of_three_measurements_to_their_bars(
     monkeypatch.setattr(bench_speed, "measure_limits", measured)
     w2 = {"over_whole": 0.2, "over_by_hand": 1.0, "difference": 1e-6}
     monkeypatch.setattr(bench_speed, "of_w2", lambda say: w2)
-    assert bench_speed.main(["--bundle", str(bundle), "--cut", str(bundle)]) == missed
+    assert bench_speed.main(["--bundle", str(bundle), "--int8", str(bundle)]) == missed
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["bench"] == "speed" and [len(runs) for runs in found["runs"].values()] == [3, 3]
     of_w1 = [sorted(cpu_ratios)[1], 1.2, 4, pytest.approx(0.7)]
@@ -333,7 +333,7 @@ def test_a_measurement_that_fails_misses_every_bar(bundle, capsys, monkeypatch):
 
     monkeypatch.setattr(bench_speed, "measure_limits", fails_second)
     monkeypatch.setattr(bench_speed, "of_w2", lambda say: {})
-    assert bench_speed.main(["--bundle", str(bundle), "--cut", str(bundle)]) == 1
+    assert bench_speed.main(["--bundle", str(bundle), "--int8", str(bundle)]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["figures"].values()) == {None}
     assert len(found["missed"]) == 9

@@ -40,7 +40,7 @@ def cut_bundle(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def timed(ways, *_):
         return {way.what: 1.0 - 0.5 * bool(way.parts.tables) for way in ways}
 
-    monkeypatch.setattr(hoisting, "_timed", timed)
+    monkeypatch.setattr(hoisting, "timed", timed)
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 0
     return tmp_path / "cut"
 
@@ -64,7 +64,7 @@ def test_a_graph_that_does_not_pay_stays_whole(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        hoisting, "_timed", lambda ways, *_: {way.what: 1.0 - 5e-5 * way.what.count(",") for way in ways}
+        hoisting, "timed", lambda ways, *_: {way.what: 1.0 - 5e-5 * way.what.count(",") for way in ways}
     )
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 2  # a tenth of a millisecond is the least
     assert "no cut of its re-ranker pays" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_pack_cuts_where_it_pays_and_not_where_it_is_told_not_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = world.write_source(tmp_path / "source")
-    monkeypatch.setattr(hoisting, "_timed", lambda ways, *_: {way.what: 1 / (1 + len(way.what)) for way in ways})
+    monkeypatch.setattr(hoisting, "timed", lambda ways, *_: {way.what: 1 / (1 + len(way.what)) for way in ways})
     for name, options, is_cut in (("cut", [], True), ("whole", ["--no-hoist"], False)):
         assert main(["pack", "--config", str(source), "--out", str(tmp_path / name), *options]) == 0
         assert (load(tmp_path / name).once is not None) is is_cut

@@ -1,4 +1,4 @@
-"""The made-up world: seeded, clustered, and its stand-in models agree as trained ones would."""
+"""The made-up world: seeded, clustered; its models are trained to its truth, or agree as if they were."""
 
 import os
 import subprocess
@@ -11,18 +11,18 @@ import pytest
 
 from app.bundle import Generation, load
 from app.wire import RankRequest
-from models import evaluate, synthesize
+from models import evaluate, made_up, truth
 from models.__main__ import main
 
 N, D = 2_000, 16
 WIDTH, KEEP = N // 10, N // 40
 
 
-def start(out: Path, seed: int, threads: int) -> subprocess.Popen[bytes]:
+def start(out: Path, seed: int, threads: int, *more: str) -> subprocess.Popen[bytes]:
     """The command, in a process whose numpy may use so many threads."""
     command = [sys.executable, "-m", "models", "synthesize", "--items", str(N), "--dim", str(D)]
     return subprocess.Popen(
-        [*command, "--seed", str(seed), "--out", str(out)],
+        [*command, "--seed", str(seed), "--out", str(out), *more],
         env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.DEVNULL,
     )
@@ -30,10 +30,10 @@ def start(out: Path, seed: int, threads: int) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seed 0, seed 0 again and seed 1, made at the same instant."""
+    """Seed 0, seed 0 again and, untrained, seed 1, made at the same instant."""
     root = tmp_path_factory.mktemp("worlds")
-    worlds = (("first", 0, 1), ("again", 0, 2), ("other", 1, 1))
-    made = [start(root / name / "w1", seed, threads) for name, seed, threads in worlds]
+    worlds = (("first", 0, 1), ("again", 0, 2), ("other", 1, 1, "--untrained"))
+    made = [start(root / name / "w1", *world) for name, *world in worlds]
     assert [process.wait() for process in made] == [0, 0, 0]
     return root
 
@@ -43,14 +43,16 @@ def world(folder: Path) -> Generation:
     return load(folder / "first/w1")
 
 
-@pytest.fixture(scope="module")
-def scored(world: Generation, folder: Path) -> list[evaluate.ScoredThrough]:
-    requests = evaluate.read_requests(folder / "first/w1.requests.jsonl")[:100]
-    return list(evaluate.score_through(world, evaluate.resolve(world, requests)))
+@pytest.fixture(scope="module", params=["first", "other"], ids=["trained", "untrained"])
+def scored(request: pytest.FixtureRequest, folder: Path) -> list[evaluate.ScoredThrough]:
+    generation = load(folder / request.param / "w1")
+    requests = evaluate.read_requests(folder / request.param / "w1.requests.jsonl")[:100]
+    return list(evaluate.score_through(generation, evaluate.resolve(generation, requests)))
 
 
 def test_the_same_seed_makes_the_same_files_on_any_number_of_threads(folder: Path) -> None:
-    for name in ("w1/manifest.json", "w1.requests.jsonl"):  # the manifest holds a digest of every other file
+    # The manifest holds a digest of every other file of the bundle.
+    for name in ("w1/manifest.json", "w1.requests.jsonl", "w1.truth.npz"):
         assert (folder / "first" / name).read_bytes() == (folder / "again" / name).read_bytes()
 
 
@@ -63,7 +65,7 @@ def test_another_seed_is_another_world_with_the_same_ids(folder: Path, world: Ge
 
 
 def test_nothing_but_the_bundle_and_its_requests_is_left(folder: Path) -> None:
-    assert sorted(p.name for p in (folder / "first").iterdir()) == ["w1", "w1.requests.jsonl"]
+    assert sorted(p.name for p in (folder / "first").iterdir()) == ["w1", "w1.requests.jsonl", "w1.truth.npz"]
 
 
 def test_a_small_catalogue_has_widths_of_a_tenth_and_a_quarter_of_that(world: Generation) -> None:
@@ -91,12 +93,12 @@ def test_requests_are_wire_requests_of_people_by_zipf_and_one_in_twenty_from_a_n
     assert (len(requests), people.pop(None)) == (5_000, 5_000 // 20)
     n_people = N // 10
     assert set(people) <= set(range(1, n_people + 1))
-    expected = synthesize.zipf(n_people, synthesize.PEOPLE_ZIPF)[0] * sum(people.values())
+    expected = made_up.zipf(n_people, made_up.PEOPLE_ZIPF)[0] * sum(people.values())
     assert people.most_common(1)[0][1] == pytest.approx(expected, rel=0.2)
 
 
 def test_zipf_halves_where_the_rank_doubles_at_exponent_one() -> None:
-    assert synthesize.zipf(4, 1.0) == pytest.approx(np.array([12, 6, 4, 3]) / 25)
+    assert made_up.zipf(4, 1.0) == pytest.approx(np.array([12, 6, 4, 3]) / 25)
 
 
 def test_a_person_is_an_embedding_of_length_one(scored: list[evaluate.ScoredThrough]) -> None:
@@ -114,7 +116,7 @@ def test_the_moment_moves_what_is_found(world: Generation) -> None:
 def test_scores_are_probabilities_that_spread(scored: list[evaluate.ScoredThrough]) -> None:
     scores = np.concatenate([s.reranking for s in scored])
     assert scores.min() > 0 and scores.max() < 1
-    assert np.quantile(scores, 0.95) - np.quantile(scores, 0.05) > 0.3
+    assert np.quantile(scores, 0.95) - np.quantile(scores, 0.05) > 0.2
 
 
 def test_each_stage_is_a_hint_of_the_next_and_none_its_copy(scored: list[evaluate.ScoredThrough]) -> None:
@@ -127,6 +129,41 @@ def test_each_stage_is_a_hint_of_the_next_and_none_its_copy(scored: list[evaluat
     by_preranking = np.mean([kept(s.preranking, s.reranking) for s in scored])
     assert KEEP / WIDTH + 0.1 < by_retrieval < by_preranking < 1
     assert by_preranking > 0.75
+
+
+def test_the_answers_are_good_by_the_truth_and_better_at_each_stage(world: Generation, folder: Path) -> None:
+    requests = evaluate.read_requests(folder / "first/w1.requests.jsonl")[:300]
+    judged = truth.judge(world, requests, folder / "first/w1.truth.npz")
+    assert judged.n_requests == 300 - 300 // 20
+    by_stage = [judged.retrieval.value, judged.preranking.value, judged.funnel.value]
+    assert by_stage == sorted(by_stage)
+    assert judged.funnel.value > judged.retrieval.value + 0.05
+    assert 0.6 < judged.funnel.value < 1
+
+
+def test_people_have_chosen_what_the_truth_says_they_like(world: Generation, folder: Path) -> None:
+    with np.load(folder / "first/w1.truth.npz") as stored:
+        taste, latent = stored["taste"], stored["latent"].astype(np.float32)
+    assert world.users is not None and world.users.history is not None
+    history = np.asarray(world.users.history)
+    theirs = [latent[row[row >= 0]] @ t for row, t in zip(history, taste, strict=True)]
+    others = [latent @ t for t in taste]
+    assert np.mean([x.mean() for x in theirs]) > np.mean([x.mean() for x in others]) + 0.3
+    for row in history:
+        assert len(set(row[row >= 0])) == (row >= 0).sum() > 0
+
+
+def test_a_truth_of_another_world_is_refused(
+    world: Generation, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = dict(np.load(folder / "first/w1.truth.npz"))
+    np.savez(tmp_path / "other.npz", **(stored | {"latent": stored["latent"][1:]}))
+    requests = folder / "first/w1.requests.jsonl"
+    command = ["evaluate", str(world.path), "--requests", str(requests), "--most", "5", "--truth"]
+    assert main([*command, str(tmp_path / "other.npz")]) == 2
+    assert f"is about {N - 1:,} items, the bundle has {N:,}" in capsys.readouterr().err
+    truth.report(world, requests, folder / "first/w1.truth.npz", 5)
+    assert "NDCG@20 against the truth, 5 requests" in capsys.readouterr().out
 
 
 def test_a_catalogue_too_small_is_refused(
@@ -150,7 +187,8 @@ def test_a_bundle_that_is_there_is_refused_before_anything_is_made(
 
 
 def test_the_re_ranker_is_as_large_as_asked(tmp_path: Path) -> None:
-    small = ["synthesize", "--items", "1000", "--dim", "8", "--hidden", "16,8,4", "--out", str(tmp_path / "small")]
+    small = ["synthesize", "--items", "1000", "--dim", "8", "--hidden", "16,8,4", "--untrained", "--out"]
+    small.append(str(tmp_path / "small"))
     assert main(small) == 0
     n_weights = (3 * 8 + 32) * 16 + 16 + 16 * 8 + 8 + 8 * 4 + 4 + 4 + 1
     size = (tmp_path / "small/re_ranker.onnx").stat().st_size
