@@ -146,7 +146,7 @@ def taste(found: Found, rng: np.random.Generator) -> Floats:
     liking = _standard(found.affinity) + told @ np.array(list(TOLD_APART.values()))
     return np.asarray(
         liking
-        + _standard(hidden_taste)
+        + 0.7 * _standard(hidden_taste)
         + 1.2 * np.tanh(_standard(leaning)) * told[:, 1]
         + 0.8 * np.tanh(told[:, 0]) * np.tanh(told[:, 3]),
         np.float32,

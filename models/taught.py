@@ -4,7 +4,7 @@
     what the towers find for some people ─▶ shown, clicked by the truth ─▶ re_ranker.onnx
 
 The graphs are those of stand_ins.py, with weights that were learned. Nothing sees the hidden vectors: the towers have
-the items' blurred content and features and people's choices, the re-ranker has clicks. One thread, so that the same
+the items' blurred content and people's choices, the re-ranker has clicks. One thread, so that the same
 world gives the same weights.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.encoder import Schedule, Show, descend
 from models.made_up import CONTENT, Choices, World
-from models.stand_ins import FEATURES, MOMENT, TOWER_HIDDEN, Found, re_ranker_of, user_tower_of
+from models.stand_ins import MOMENT, TOWER_HIDDEN, Found, re_ranker_of, user_tower_of
 from models.two_tower import MASKED
 
 Array = NDArray[Any]
@@ -29,18 +29,21 @@ Floats = NDArray[np.float32]
 ITEM_HIDDEN = 128
 TOWERS = Schedule(epochs=4, batch=512, rate=3e-3, weight_decay=0.01)
 LEAST_STEPS = 250  # of the towers: in a small world a pass over the choices is over at once
-RE_RANKER = Schedule(epochs=5, batch=1024, rate=2e-3, weight_decay=0.02)
+RE_RANKER = Schedule(epochs=4, batch=1024, rate=2e-3, weight_decay=0.02)
 SHARPNESS = 8.0  # of the softmax over products of embeddings, at first; it is learned
 POPULARITY_BINS = 50  # in which it is counted how often an item is a target: most are so never or once
 
 
 class Towers(nn.Module):
-    """The item tower over content and features; the user tower over the embeddings of a history, and the moment."""
+    """The item tower over content; the user tower over the embeddings of a history, and the moment.
+
+    Features are the later stages': with them in it, what is good to everybody would lie in the way of what is near.
+    """
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.item = nn.Sequential(nn.Linear(CONTENT + FEATURES, ITEM_HIDDEN), nn.ReLU(), nn.Linear(ITEM_HIDDEN, d))
-        self.item_skip = nn.Linear(CONTENT + FEATURES, d, bias=False)
+        self.item = nn.Sequential(nn.Linear(CONTENT, ITEM_HIDDEN), nn.ReLU(), nn.Linear(ITEM_HIDDEN, d))
+        self.item_skip = nn.Linear(CONTENT, d, bias=False)
         self.popular = nn.Parameter(0.1 * torch.randn(1, d))
         self.inner, self.pull = nn.Linear(d + MOMENT, TOWER_HIDDEN), nn.Linear(TOWER_HIDDEN, d)
         self.log_sharpness = nn.Parameter(torch.tensor(SHARPNESS).log())
@@ -60,11 +63,11 @@ def fit_towers(world: World, choices: Choices, say: Show) -> onnx.ModelProto:
     """Train both; write embedding.npy. Returns the graph of the user tower."""
     torch.manual_seed(world.seed)
     torch.set_num_threads(1)
-    model, content, features = Towers(world.d), world.open("content"), world.open("features")
+    model, content = Towers(world.d), world.open("content")
     histories, log_q = world.open("user_history"), _log_share(world, choices)
 
     def known(rows: Array) -> Tensor:
-        return torch.from_numpy(np.concatenate([content[rows], features[rows]], axis=-1).astype(np.float32))
+        return torch.from_numpy(content[rows].astype(np.float32))
 
     def loss_of(batch: Tensor) -> Tensor:
         at = batch.numpy()
