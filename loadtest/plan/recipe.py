@@ -26,6 +26,8 @@ MORE_THREADS, MOST_THREADS = 4, 32  # of asyncio's own pool: so many more than c
 FAN_OUT_S = 1e-3
 LOOP, THREADS, WORKERS, CLIENT = range(4)
 MOST_REQUESTS = 40_000  # of a simulation
+STEP, PERCENTILE, FLOOR = 0.001, 0.99, 0.2  # of the service's rule for quality, as what follows
+RECOVERY_PER_S = (1 - FLOOR) / 1.8
 STALLS = 0.9  # quantile of a shape beyond which it is the machine that stalled, and not the request that is larger
 
 
@@ -34,8 +36,9 @@ class Model:
     """What is simulated: who there is, and what a request takes them.
 
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
-    SLA, by which the search must be over, or the service narrows it. warmth: what a request's CPU is of the demand
-    where cores are idle, and what is added to that where all are busy: less than nothing if caches stay warm.
+    SLA, by which the search must be over, or the service narrows it. warmth: what the service's CPU for a
+    request is of the demand where cores are idle, and what is added to that where all are busy: less than nothing if
+    caches stay warm. warm: what it is here. The client's was metered under load.
     """
 
     demand: Demand
@@ -46,6 +49,7 @@ class Model:
     scale: float = 1.0
     search_share: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
+    warm: float = 1.0
 
     @property
     def stations(self) -> list[Station]:
@@ -80,7 +84,7 @@ class Model:
             "reranking": n_shards * d.shard(c.rerank / n_shards),
             "client": d.client_s if self.has_client else 0.0,
         }
-        return {who: self.scale * seconds for who, seconds in means.items()}
+        return {who: self.scale * seconds * (1.0 if who == "client" else self.warm) for who, seconds in means.items()}
 
     def steps(self, n: int, rng: np.random.Generator) -> list[Step]:
         """The steps of n requests. Their shapes are drawn whole, so that who is slow in one is so in all, as met."""
@@ -88,14 +92,14 @@ class Model:
         drawn = np.asarray(d.shapes)
         of_loop, of_narrow, of_shards = drawn[rng.integers(0, len(drawn), n)].T
         n_shards, n_base = self.shards(c), self.shards(self.base)
-        half, trip = (np.asarray(self.scale * s * of_loop) for s in (d.loop_s / 2, d.trip_s))
+        half, trip = (np.asarray(self.scale * self.warm * s * of_loop) for s in (d.loop_s / 2, d.trip_s))
         narrow = _drawn(_narrow(means), _narrow(base), of_narrow, drawn[:, 1], rng)
         longest = _drawn(means["reranking"] / n_shards, base["reranking"] / n_base, of_shards, drawn[:, 2], rng)
         between = [Step(WORKERS, narrow + longest, trip)]
         if self.is_shared(c):
             between = [
                 Step(THREADS, narrow),
-                Step(LOOP, np.full(n, self.scale * self._dealing(c))),
+                Step(LOOP, np.full(n, self.scale * self.warm * self._dealing(c))),
                 Step(WORKERS, np.repeat(longest[:, None], n_shards, axis=1), trip),
             ]
         steps = [Step(LOOP, half), *between, Step(LOOP, half)]  # requests and answers weigh about the same
@@ -120,14 +124,18 @@ class Model:
         rng = np.random.default_rng([seed, 7])
         n = int(min(max(rate * seconds, 100), MOST_REQUESTS))
         arrivals: Floats = np.cumsum(rng.exponential(1 / rate, n))
-        here = replace(self, scale=self.scale * self.factor(rate))
+        here = replace(self, warm=self.factor(rate))
         return simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
 
     def factor(self, rate: float) -> float:
-        """What a request's CPU is of the demand at this rate: by how busy the cores are with just that."""
-        alone = rate * sum(self.means().values()) / self.machine.cores
-        cold, more = self.warmth
-        busy = alone * cold / (1 - alone * more) if alone * more < 1 else 1.0
+        """What the service's CPU for a request is of the demand at this rate: by how busy it keeps the cores.
+
+        factor = cold + more · busy,   busy = rate · (factor · demand + client) / cores
+        """
+        (cold, more), means = self.warmth, replace(self, warm=1.0).means()
+        client = rate * means.pop("client") / self.machine.cores
+        alone = rate * sum(means.values()) / self.machine.cores
+        busy = (alone * cold + client) / (1 - alone * more) if alone * more < 1 else 1.0
         return cold + more * min(1.0, busy)
 
     @property
@@ -140,6 +148,26 @@ class Model:
         of_cores = sum(means.values()) / self.machine.cores
         fastest = 1 / min(self.warmth[0], sum(self.warmth))
         return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
+
+
+def coverage(seen: Simulated, narrows_at_s: float) -> float:
+    """Mean share of its widths that the service would have run at: its rule for quality, on these latencies.
+
+    Who takes longer makes it narrow those who come after, for as long as quality takes to recover; that they would be
+    done the sooner isn't simulated, and matters little where hardly any are narrowed.
+    """
+    ended = seen.arrived_s + seen.latency_s
+    order = np.argsort(ended, kind="stable")
+    changes = np.where(seen.latency_s[order] <= narrows_at_s, STEP, -STEP * PERCENTILE / (1 - PERCENTILE))
+    quality, at, met, arrivals = 1.0, 0.0, 0.0, seen.arrived_s.tolist()
+    following = 0
+    for instant, change in zip(ended[order].tolist(), changes.tolist(), strict=True):
+        while following < len(arrivals) and arrivals[following] < instant:
+            met += min(1.0, quality + RECOVERY_PER_S * (arrivals[following] - at))
+            following += 1
+        quality = min(1.0, max(FLOOR, min(1.0, quality + RECOVERY_PER_S * (instant - at)) + change))
+        at = instant
+    return (met + len(arrivals) - following) / len(arrivals)
 
 
 def _narrow(means: dict[str, float]) -> float:

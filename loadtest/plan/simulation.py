@@ -4,7 +4,8 @@
 
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
 at work than cores each gets its share by the scheduler's weights, never more than one core. A step of several parts is
-over when the last of them is. Who is busy when all cores are also waits to be put on one (`wake_s`).
+over when the last of them is. Who yields to others (a weight under 1) and begins when all cores are busy also waits to
+be put on one, until its turn comes (`wake_s`) or a core is free.
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +34,7 @@ class Station:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """wake_s: mean wait for a core when all are busy, seconds, exponential."""
+    """wake_s: mean wait of who yields for a turn on a core while all are busy, seconds, exponential."""
 
     cores: int
     wake_s: float = 0.0
@@ -49,8 +51,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """latency_s: f64[n], from arrival. cpu_s: seconds that cores were held, by station; busy: mean cores busy."""
+    """arrived_s, latency_s: f64[n], the second from the first. cpu_s: seconds that cores were held, by station; busy:
+    mean cores busy."""
 
+    arrived_s: Floats
     latency_s: Floats
     cpu_s: tuple[float, ...]
     busy: float
@@ -71,7 +75,7 @@ def simulate(
     n, n_steps, n_stations = len(arrivals), len(steps), len(stations)
     works = [step.work.reshape(n, -1).tolist() for step in steps]
     pauses = [None if step.pause is None else step.pause.tolist() for step in steps]
-    of_step = [step.station for step in steps]
+    of_step, yields = [step.station for step in steps], [0 < station.weight < 1 for station in stations]
     waits = iter(np.random.default_rng(seed).exponential(machine.wake_s, 4096).tolist() * (1 + n * n_steps // 1024))
     free = [station.servers for station in stations]
     queues: list[deque[tuple[float, int, int]]] = [deque() for _ in stations]
@@ -79,8 +83,9 @@ def simulate(
     clocks, running = [0.0] * n_stations, [0] * n_stations
     ends: list[list[tuple[float, int, int]]] = [[] for _ in stations]
     speed = _Speeds(stations, machine)
-    later: list[tuple[float, int, int, int]] = []  # (when, 0 a step begins / 1 a wait for a core ends, request, step)
-    woken: dict[tuple[int, int], list[float]] = {}
+    later: list[tuple[float, int, int, int]] = []  # (when, 0 a step begins / 1 a turn on a core, request, step or wait)
+    woken: dict[int, tuple[int, float, int, int]] = {}  # who waits for a core, by number of the wait: the oldest first
+    numbers = count()
     left, finished = [0] * n, np.zeros(n)
     times, following, now = arrivals.tolist(), 0, 0.0
     (speeds, shares), held = speed(running), [0.0] * n_stations
@@ -97,9 +102,10 @@ def simulate(
                 queues[station].append((work, request, at))
 
     def serve(station: int, work: float, request: int, at: int) -> None:
-        if machine.wake_s and stations[station].weight and sum(running) >= machine.cores:
-            woken.setdefault((request, at), []).append(work)
-            heappush(later, (now + next(waits), 1, request, at))
+        if machine.wake_s and yields[station] and sum(running) >= machine.cores:
+            number = next(numbers)
+            woken[number] = station, work, request, at
+            heappush(later, (now + next(waits), 1, request, number))
         else:
             run(station, work, request, at)
 
@@ -127,6 +133,8 @@ def simulate(
         if due <= arrival and due <= waiting:
             _, request, at = heappop(ends[where])
             running[where] -= 1
+            if woken and sum(running) < machine.cores:
+                run(*woken.pop(next(iter(woken))))
             if queues[where]:
                 serve(where, *queues[where].popleft())
             else:
@@ -143,7 +151,8 @@ def simulate(
         elif waiting <= arrival:
             _, is_wait, request, at = heappop(later)
             if is_wait:
-                run(of_step[at], woken[request, at].pop(), request, at)
+                if at in woken:  # else a core was free before
+                    run(*woken.pop(at))
             elif at < n_steps:
                 begin(request, at)
             else:
@@ -152,7 +161,7 @@ def simulate(
             following += 1
             begin(following - 1, 0)
         speeds, shares = speed(running)
-    return Simulated(finished - arrivals, tuple(held), sum(held) / now if now else 0.0)
+    return Simulated(arrivals, finished - arrivals, tuple(held), sum(held) / now if now else 0.0)
 
 
 class _Speeds:

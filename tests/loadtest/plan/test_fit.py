@@ -17,7 +17,7 @@ def met(warmth: Warmth, wake_s: float, rate: float, scale: float = 1.0) -> Loade
     """A run as a machine with these numbers would have shown it; of other arrivals than the fit draws."""
     planted = model(replace(CALIBRATION, warmth=warmth, wake_s=wake_s), BASE, scale=scale, has_client=True)
     seen = planted.at(rate, 20, seed=9)
-    speed_s, client_s = scale * CALIBRATION.speed_s, scale * CALIBRATION.demand.client_s * planted.factor(rate)
+    speed_s, client_s = scale * CALIBRATION.speed_s, scale * CALIBRATION.demand.client_s
     p50_s, p99_s = seen.percentile_s(50), seen.percentile_s(99)
     cpu_s = sum(seen.cpu_s[:CLIENT]) / len(seen.latency_s)
     return Loaded(rate, len(seen.latency_s), p50_s, p99_s, 1.0, client_s, cpu_s, (speed_s,), 20.0)

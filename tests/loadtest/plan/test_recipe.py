@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from app import gate
+from app.control import quality
+from app.control.quality import Quality
 from app.settings import Settings
 from app.stages import reranking
 from app.workers import pool
 from loadtest.plan import memory, recipe
 from loadtest.plan.calibration import Configuration
-from loadtest.plan.recipe import FAN_OUT_S, LOOP, THREADS, WORKERS, latencies, model
+from loadtest.plan.recipe import CLIENT, FAN_OUT_S, LOOP, THREADS, WORKERS, coverage, latencies, model
+from loadtest.plan.simulation import Simulated
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration, demand
 
 NARROW_S = (0.2 + 0.8 + 0.5 + 0.1 + 0.1) * MS
@@ -22,6 +25,8 @@ HURRIED = replace(BASE, sla_s=5 * MS)  # 0.3 of it is less than 128 rows take
 def test_the_service_s_rules_are_the_service_s() -> None:
     assert (recipe.MIN_SHARD, recipe.ALONE) == (reranking.MIN_SHARD, pool.ALONE)
     assert recipe.NARROWS_AT == gate.AIM
+    of_quality = (recipe.STEP, recipe.PERCENTILE, recipe.FLOOR, recipe.RECOVERY_PER_S)
+    assert of_quality == (quality.STEP, quality.PERCENTILE, quality.FLOOR, quality.RECOVERY_PER_S)
     assert Settings().spares == memory.SPARES
 
 
@@ -137,3 +142,28 @@ def test_neighbours_in_the_way_cost_until_all_cores_are_busy() -> None:
     assert 1.0 < one.factor(100) < 1.5
     seen, alone = one.at(100, 20), model(CALIBRATION, BASE).at(100, 20)
     assert sum(seen.cpu_s) == pytest.approx(one.factor(100) * sum(alone.cpu_s))
+
+
+def test_a_client_s_cpu_was_metered_under_load_and_keeps_the_cores_busy_too() -> None:
+    one = replace(model(CALIBRATION, BASE, has_client=True), warmth=(1.2, -0.4))
+    means = model(CALIBRATION, BASE, has_client=True).means()
+    client_s = means.pop("client")
+    factor = one.factor(100)
+    assert factor == pytest.approx(1.2 - 0.4 * 100 * (factor * sum(means.values()) + client_s) / CALIBRATION.cores)
+    seen = one.at(100, 20)
+    assert seen.cpu_s[CLIENT] / len(seen.latency_s) == pytest.approx(client_s)
+
+
+def test_coverage_is_what_the_service_s_own_rule_makes_of_these_latencies() -> None:
+    rng = np.random.default_rng(0)
+    arrived, latency = np.cumsum(rng.exponential(1 / 100, 2_000)), rng.exponential(0.01, 2_000)
+    rule, met = Quality(), []
+    happens = sorted([(t, 0, 0.0) for t in arrived] + [(t + s, 1, s) for t, s in zip(arrived, latency, strict=True)])
+    for now, is_end, took_s in happens:
+        if is_end:
+            rule.finished(now, is_in_time=took_s <= 0.04)
+        else:
+            met.append(rule.now(now))
+    assert 0.5 < np.mean(met) < 0.99
+    assert coverage(Simulated(arrived, latency, (), 0.0), 0.04) == pytest.approx(np.mean(met), abs=1e-9)
+    assert coverage(Simulated(arrived, latency, (), 0.0), 10.0) == 1

@@ -114,5 +114,22 @@ def test_the_same_seed_gives_the_same_latencies() -> None:
 def test_waiting_for_a_core_costs_only_when_all_are_busy() -> None:
     idle = one_station(0.001, np.full(N, 1e-6), 4, Machine(2, wake_s=5.0))
     assert idle.percentile_s(99) == pytest.approx(1e-6, rel=1e-3)
-    busy = one_station(1.5, EXPONENTIAL, 4, Machine(2, wake_s=1.0)).latency_s.mean()
-    assert busy > one_station(1.5, EXPONENTIAL, 4, Machine(2)).latency_s.mean()
+    stations, steps = [Station("workers", 4, 0.1)], [Step(0, EXPONENTIAL)]
+    waits, none = (simulate(ARRIVALS / 1.5, steps, stations, Machine(2, wake_s=s)).latency_s.mean() for s in (1.0, 0.0))
+    assert waits > none
+
+
+def test_a_wait_for_a_turn_ends_when_a_core_is_free() -> None:
+    """One core, held for a second by who doesn't yield: the worker would wait far longer for its turn, but needn't."""
+    stations = [Station("loop", 1), Station("workers", 1, 0.1)]
+    steps = [Step(0, np.array([1.0, 0.0])), Step(1, np.array([0.0, 1.0]))]
+    seen = simulate(np.array([0.0, 0.5]), steps, stations, Machine(1, wake_s=1e6))
+    assert seen.latency_s[1] <= 1.5 + 1e-6
+
+
+def test_only_who_yields_waits_for_a_turn() -> None:
+    """Two of equal weight share the core from the start."""
+    stations = [Station("one", 1), Station("other", 1)]
+    steps = [Step(0, np.array([1.0, 0.0])), Step(1, np.array([0.0, 1.0]))]
+    seen = simulate(np.array([0.0, 1e-9]), steps, stations, Machine(1, wake_s=1e6))
+    assert seen.latency_s.max() == pytest.approx(2.0)
