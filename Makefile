@@ -73,7 +73,8 @@ models/bundles/w1-int8/manifest.json: models/bundles/w1-cut/manifest.json | $(VE
 models/bundles/w1-cut/manifest.json: models/bundles/w1/manifest.json | $(VENV)/loadtest.stamp
 	$(BIN)/python -m models hoist models/bundles/w1 --out models/bundles/w1-cut --force
 
-bench-speed: $(VENV)/loadtest.stamp models/bundles/w1-int8/manifest.json  ## the service over its raw kernels on a million items: about an hour
+bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about an hour
+	-$(MAKE) models/bundles/w1-int8/manifest.json  # where it pays; else its bars are missed
 	$(BIN)/python -m loadtest.bench_speed
 
 bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items: half an hour, 10 GB of disk

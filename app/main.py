@@ -37,11 +37,11 @@ WHAT = "Funnel ranking inside a latency SLA."
 SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop; Python's own 5 ms is half a timeout
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """The ranking port's application."""
     app = _app("Winnow", api.routes(service))
     app.openapi = lambda: api.openapi(app, service)  # type: ignore[method-assign]
-    return app
+    return api.ranking_first(service, app)
 
 
 def create_admin_app(service: Service) -> FastAPI:
@@ -163,8 +163,7 @@ async def serve(settings: Settings) -> int:
     listeners = [_listener(settings, prefix) for prefix in ("", "admin_")]
     service = Service(settings)
     refuse = partial(api.refusal, service)
-    ranking = api.ranking_first(service, create_app(service))
-    servers = [_server(ranking, refuse), _server(create_admin_app(service), lambda *_: None)]
+    servers = [_server(create_app(service), refuse), _server(create_admin_app(service), lambda *_: None)]
     living = asyncio.create_task(_live(service))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, living.cancel)

@@ -192,9 +192,12 @@ class Service:
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
                 said = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
-                told = said if isinstance(said, Told) else wire.told(said, serving.generation)
+                told = said if isinstance(said, Told) else wire.told(*said, serving.generation)
                 took_s = time.monotonic() - started
-                worked_s, stages = told.seconds or took_s, {r.stage.label: r.seconds for r in told.reports}
+                worked_s, stages = (
+                    took_s if told.seconds is None else told.seconds,
+                    {r.stage.label: r.seconds for r in told.reports},
+                )
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, told.extra_s)
                 self.gate.expects(serving.funnel.seconds(FLOOR))

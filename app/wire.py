@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from app import users
 from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, MalformedBody, shown
-from app.flow import LABELS, Array, Arrays, Filter, Query, Ranked, Rows, Stage, Told, sealed
+from app.flow import LABELS, Array, Arrays, Filter, Query, Ranking, Rows, Stage, Told, sealed
 from app.settings import Limits
 
 SHOWN_ERRORS = 20
@@ -143,9 +143,8 @@ class RankResponse(Wire):
     took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for the one worker, there and back.")
 
 
-def told(ranked: Ranked, generation: Generation) -> Told:
+def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     """The answer, written but for what it took: only the process that has the connection knows that."""
-    query, ranking = ranked
     fine, lost = ranking.report(Stage.RERANKING), ranking.degradations
     scores, stages = [s if math.isfinite(s) else None for s in ranking.scores.tolist()], ranking.stages.tolist()
     columns = zip(generation.ids.external(ranking.rows), scores, stages, ranking.propensities.tolist(), strict=True)

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             make(bundle, parsed.items, say)
         small_n, small_p50 = unloaded(parsed.small, say)
         large_n, figures, p50 = measured(bundle, parsed, say)
-    except (RuntimeError, OSError, ValueError) as e:
+    except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as e:
         print(f"not measured: {e}", file=sys.stderr)
         return 1
     exponent = math.log(p50 / small_p50) / math.log(large_n / small_n) if large_n != small_n else math.nan

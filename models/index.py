@@ -226,9 +226,11 @@ def _filled(kind: Kind, embeddings: NDArray[Any]) -> faiss.Index:
         index.train(np.ascontiguousarray(embeddings[np.sort(rows)], np.float32))
     if kind != "hnsw":  # rows go to lists, one at a time: which, and in what order, doesn't hang on the threads
         faiss.omp_set_num_threads(os.cpu_count() or 1)
-    for _, block in _blocks(embeddings):
-        index.add(block)
-    faiss.omp_set_num_threads(1)
+    try:
+        for _, block in _blocks(embeddings):
+            index.add(block)
+    finally:
+        faiss.omp_set_num_threads(1)
     return index
 
 

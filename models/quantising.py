@@ -1,6 +1,6 @@
 """The re-ranker in eight bits, where that is faster on this machine and costs next to nothing of the answers.
 
-    graph ─▶ its products in int8: all with constant weights, or all but the first ─▶ rows alone? ─▶ faster?
+    graph ─▶ its products in int8: all but the last, or but the first as well ─▶ rows alone? ─▶ faster?
           ─▶ loses less than MOST_LOST of the funnel's NDCG@k? ─▶ the fastest that does, or the graph as it was
 
 Quantisation is static (onnxruntime's QDQ, weights by channel): the ranges of what flows are fixed once, on sample
@@ -15,7 +15,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ Floats = NDArray[np.float32]
 Say = Callable[[str], None]
 
 MOST_LOST = 0.002  # of the funnel's NDCG@k
-RANGED, JUDGED = 100, 400  # sample requests on which ranges are found, and on which answers are compared
+RANGED, JUDGED, TRIALS = 100, 400, 5  # sample requests on which ranges are found, answers compared, seconds taken
 PRODUCTS = ("Gemm", "MatMul")
 OFFSET = 1e-9  # no division by zero where all candidates are worth the same
 
@@ -67,40 +66,46 @@ def quantise_where_it_pays(
 
     generation: whole, with its index. model: its re-ranker's graph. queries: sample requests, 200 or more.
     """
-    ways = dict(_ways(model))
-    if not ways:
-        say("re-ranker: served in float32; it has no product with constant weights")
+    ways, samples = dict(_ways(model)), list(_samples(generation, queries))
+    some = [sample for sample in samples if len(sample.scores) >= max(hoisting.FEW)]
+    some = some[:: max(1, len(some) // TRIALS)][:TRIALS]
+    if not ways or not some:
+        why = "no sample request has candidates to try it on" if ways else "it has no product to be in int8"
+        say(f"re-ranker: served in float32; {why}")
         return generation, model
-    samples = list(_samples(generation, queries))
     plain = hoisting.Way(Parts(model, None, None, ()), "in float32")
-    fit = [plain, *_proved(generation, model, ways, samples, say)]
-    trials = [hoisting.Trial(sample.candidates.rows, sample.feeds) for sample in samples[:: len(samples) // 5]]
-    took = hoisting.timed(fit, trials, generation)
+    fit = [plain, *_proved(generation, model, ways, samples, some, say)]
+    took = hoisting.timed(fit, [hoisting.Trial(one.candidates.rows, one.feeds) for one in some], generation)
     k = generation.manifest.funnel.k
     lost = {way.what: _lost(way, samples, k) for way in fit}
     said = "; ".join(f"{took[way.what] * 1e3:.2f} ms {way.what}, NDCG@{k} -{lost[way.what]:.2%}" for way in fit)
     least = min(hoisting.PAYS * took[plain.what], took[plain.what] - hoisting.PAYS_S)
     allowed = [way for way in fit if lost[way.what] <= MOST_LOST and took[way.what] <= least]
     best = min(allowed, key=lambda way: took[way.what], default=plain)
-    say(f"re-ranker: served {best.what}; {len(trials[0].rows)} rows take {said}, allowed are {MOST_LOST:.1%}")
+    say(f"re-ranker: served {best.what}; {len(some[0].scores)} rows take {said}, allowed are {MOST_LOST:.1%}")
     return replace(generation, re_ranker=best.rest.session), best.parts.rest
 
 
 def _ways(model: onnx.ModelProto) -> Iterator[tuple[str, list[str]]]:
-    """Which products are to be in eight bits, by what the way is called. Gives every node a name."""
+    """Which products are to be in eight bits, by what the way is called. Gives every node a name of its own.
+
+    A product is a Gemm or MatMul with an initializer on its right. The last stay in float: their outputs are scores,
+    which would have 256 values and tie.
+    """
     for number, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{number}"
+        node.name = f"{node.op_type}_{number}"
     constants = {i.name for i in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in constants]
     depth: dict[str, int] = {}  # of products before a value
     for node in model.graph.node:  # in order: a graph is sorted
         before = max((depth.get(name, 0) for name in node.input), default=0)
         depth |= dict.fromkeys(node.output, before + (node in products))
-    first = [n.name for n in products if depth[n.output[0]] == 1]
-    if products:
-        yield "in int8", [n.name for n in products]
-    if 0 < len(first) < len(products):
-        yield "in int8 but for the first layer", [n.name for n in products if n.name not in first]
+    last = max(depth.values(), default=0)
+    inner = {n.name: depth[n.output[0]] for n in products if depth[n.output[0]] < last}
+    if inner:
+        yield "in int8", list(inner)
+    if later := [name for name, at in inner.items() if at > 1]:
+        yield "in int8 but for the first layer", later
 
 
 def _samples(generation: Generation, queries: Sequence[Query]) -> Iterator[_Sample]:
@@ -118,16 +123,21 @@ def _samples(generation: Generation, queries: Sequence[Query]) -> Iterator[_Samp
 
 
 def _proved(
-    generation: Generation, model: onnx.ModelProto, ways: dict[str, list[str]], samples: Sequence[_Sample], say: Say
+    generation: Generation,
+    model: onnx.ModelProto,
+    ways: dict[str, list[str]],
+    samples: Sequence[_Sample],
+    some: Sequence[_Sample],
+    say: Say,
 ) -> Iterator[hoisting.Way]:
-    """Those that can be made and score rows alone; why one can't is said."""
+    """Those that can be made and score rows alone in each of some samples; why one can't is said."""
     per_item = [i.name for i in generation.manifest.features.re_ranker if i.per == "item"]
+    ranged = samples[:: max(1, len(samples) // RANGED)]
     for what, nodes in ways.items():
         try:
-            way = hoisting.Way(Parts(_quantised(model, nodes, samples[:RANGED]), None, None, ()), what)
-            some = samples[0]
-            run = partial(lambda way, feeds: way(feeds), way)
-            graph.check_rows_alone(run, some.feeds, per_item, hoisting.RE_RANKER)
+            way = hoisting.Way(Parts(_quantised(model, nodes, ranged), None, None, ()), what)
+            for one in some:
+                graph.check_rows_alone(way, one.feeds, per_item, hoisting.RE_RANKER)
         except PackError as e:
             say(f"re-ranker: not {what}: {e}")
         except Exception as e:  # neither onnx's nor onnxruntime's exceptions have a root
@@ -140,6 +150,7 @@ def _proved(
 def _quantised(model: onnx.ModelProto, nodes: list[str], samples: Sequence[_Sample]) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)  # what is handed over is changed
+    was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it recommends a step that would do nothing here
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -157,15 +168,16 @@ def _quantised(model: onnx.ModelProto, nodes: list[str], samples: Sequence[_Samp
             )
             return onnx.load(str(out))
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(was)
 
 
 def _lost(way: hoisting.Way, samples: Sequence[_Sample], k: int) -> float:
     """Of NDCG@k, mean over the requests."""
     lost = []
     for sample in samples:
-        rows, worth = sample.candidates.rows, sample.scores.astype(np.float64)
-        worth = worth - worth.min() + OFFSET
+        rows, is_finite = sample.candidates.rows, np.isfinite(sample.scores)
+        least = sample.scores.min(where=is_finite, initial=np.inf)
+        worth = np.where(is_finite, sample.scores.astype(np.float64) - least, 0.0) + OFFSET
         orders = (best_first(scores, rows, k)[:k] for scores in (np.asarray(way(sample.feeds)), sample.scores))
         shown, ideal = (worth[order] for order in orders)
         lost.append(float(ndcg_loss(shown, ideal)))

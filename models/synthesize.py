@@ -117,11 +117,12 @@ def synthesize(
         text = PACK.format(name=name, seed=seed, history=HISTORY, moment=MOMENT, retrieve=retrieve, rerank=rerank, k=K)
         (world.folder / "pack.toml").write_text(text)
         make_models(world, choices, say, is_trained=is_trained)
+        world.truth.save(world.folder / "truth.npz", *map(world.open, ("taste", "latent", "price")))
+        write_requests(world, "requests", N_REQUESTS, world.folder / "requests.jsonl", is_history_sent=False)
         pack(world.folder / "pack.toml", out, recall=RECALL, may_hoist=False, force=force, say=say)
-        world.truth.save(out.with_name(f"{out.name}.truth.npz"), world.open("taste"), world.open("latent"))
-        requests = out.with_name(f"{out.name}.requests.jsonl")
-        write_requests(world, "requests", N_REQUESTS, requests, is_history_sent=False)
-        say(f"requests: {N_REQUESTS:,} in {requests}")
+        for beside in ("truth.npz", "requests.jsonl"):
+            (world.folder / beside).replace(out.with_name(f"{out.name}.{beside}"))
+        say(f"requests: {N_REQUESTS:,} in {out}.requests.jsonl; the truth is in {out}.truth.npz")
     return out
 
 

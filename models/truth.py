@@ -5,8 +5,8 @@
                                           + INTERPLAY · tanh(B t) · tanh(C z)         z: the item's latent vector
                                           - STINGY · softplus(price - purse(t))
 
-Histories, clicks and what is asked for follow it; models see clicks, features and noisy content, never these vectors.
-The first three lines are sums of products, which two towers can learn; the last is none, and needs the deep model.
+Histories and clicks follow it; what is trained sees clicks, features and noisy content, never these vectors. The first
+three lines are sums of products, which two towers can learn; the last is none, and needs the deep model.
 Of a bundle of this world it can be said how good an answer is (`judge`), not only how near to its own re-ranker's.
 """
 
@@ -75,10 +75,10 @@ class Truth:
         logits = LEVEL + AFFINITY * (t @ z) + weights @ x + INTERPLAY * interplay - STINGY * np.logaddexp(0, dear)
         return np.asarray(logits, np.float32)
 
-    def save(self, file: Path, taste: Floats, latent: Array) -> None:
-        """With the tastes f32[U, L] of people by id, from 1, and the items' latent vectors by row."""
+    def save(self, file: Path, taste: Floats, latent: Array, price: Array) -> None:
+        """With the tastes f32[U, L] of people by id, from 1, and the items' latent vectors and prices by row."""
         columns = {name: getattr(self, name) for name in self.__slots__}
-        np.savez(file, taste=taste, latent=latent, **columns)
+        np.savez(file, taste=taste, latent=latent, price=price, **columns)
 
 
 def probability(logits: Floats) -> Floats:
@@ -105,19 +105,20 @@ class Judged:
 
 def judge(generation: Generation, requests: Sequence[evaluate.Request], file: Path) -> Judged:
     """How good the funnel's answers are, on those requests that name a person. Raises PackError."""
-    with np.load(file, allow_pickle=False) as held:
-        stored = {name: held[name] for name in held.files}
+    stored = _stored(file)
     truth = Truth(*(stored[name] for name in Truth.__slots__))
-    if len(stored["latent"]) != generation.n_items or "features" not in generation.tables:
-        raise PackError(f"{file.name}: is about {len(stored['latent']):,} items, the bundle has {generation.n_items:,}")
-    asked = [r for r in requests if isinstance(r.get("user", {}).get("id"), int) and "moment" in r.get("context", {})]
+    prices = generation.tables.get("price")
+    if prices is None or not np.array_equal(stored["price"], prices):
+        raise PackError(f"{file.name}: is about another world than the bundle's")
+    n_people = len(stored["taste"])
+    asked = [r for r in requests if _person(r) in range(1, n_people + 1) and "moment" in r.get("context", {})]
     if not asked:
         raise PackError("no request names a person by number and has a moment")
     queries, k = evaluate.resolve(generation, asked), generation.manifest.funnel.k
     lost: dict[str, list[float]] = {name: [] for name in ("retrieval", "preranking", "funnel", "rescored")}
     rankings = evaluate.run_funnel(generation, queries)
     for request, ranking, s in zip(asked, rankings, evaluate.score_through(generation, queries), strict=True):
-        person, moment = request["user"]["id"] - 1, np.asarray(request["context"]["moment"], np.float32)
+        person, moment = _person(request) - 1, np.asarray(request["context"]["moment"], np.float32)
         taste = truth.moved(stored["taste"][person], moment)
         gain = np.concatenate(list(_gains(truth, taste, stored["latent"], generation.tables["features"])))
         rows = s.candidates.rows
@@ -134,8 +135,23 @@ def judge(generation: Generation, requests: Sequence[evaluate.Request], file: Pa
             shown = np.zeros(k)
             shown[: len(order)] = gain[order[:k]]
             lost[name].append(float(ndcg_loss(shown, ideal)))
-    people = np.array([request["user"]["id"] for request in asked])
+    people = np.array([_person(request) for request in asked])
     return Judged(k, len(asked), **{name: over_people(people, 1 - np.array(values)) for name, values in lost.items()})
+
+
+def _stored(file: Path) -> dict[str, Array]:
+    """Raises PackError for what isn't a file of `Truth.save`."""
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            return {name: held[name] for name in (*Truth.__slots__, "taste", "latent", "price")}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise PackError(f"{file}: no truth of a made-up world ({str(e) or type(e).__name__})") from e
+
+
+def _person(request: evaluate.Request) -> int:
+    """The number that the request names a person by; 0 if none."""
+    named = request.get("user", {}).get("id")
+    return named if isinstance(named, int) else 0
 
 
 def _gains(truth: Truth, taste: Floats, latent: Array, features: Array) -> Iterator[Floats]:
@@ -147,8 +163,9 @@ def _gains(truth: Truth, taste: Floats, latent: Array, features: Array) -> Itera
 
 def report(generation: Generation, requests: Path, file: Path, most: int) -> None:
     """Print what `judge` finds on at most so many of the requests. Raises PackError."""
-    asked = evaluate.read_requests(requests)[:most]
-    judged = judge(generation, asked, file)
+    asked = evaluate.read_requests(requests)
+    chosen = [asked[at] for at in np.unique(np.linspace(0, len(asked) - 1, most).astype(int))]
+    judged = judge(generation, chosen, file)
     print(f"  NDCG@{judged.k} against the truth, {judged.n_requests} requests (95 % interval over people):")
     for name in ("retrieval", "preranking", "funnel", "rescored"):
         print(f"    {name:<11} {getattr(judged, name)}")

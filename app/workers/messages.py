@@ -20,7 +20,7 @@ from app.control.deadline import Deadline
 from app.flow import Sent
 
 FORMAT = 5
-WAY_BACK_S = 2e-3
+WAY_BACK_S, ITEM_S = 2e-3, 2e-6
 # format version, kind, unused, payload bytes, generation, job
 HEADER = struct.Struct("<BBHIQQ")
 
@@ -56,9 +56,10 @@ class Asked(NamedTuple):
     timeout_s: float
     quality: float
 
-    def deadline(self, now: float) -> Deadline:
-        """On this process's clock, earlier by the way back of the answer."""
-        return Deadline(now + self.left_s - self.timeout_s, self.timeout_s - min(WAY_BACK_S, 0.1 * self.timeout_s))
+    def deadline(self, now: float, k: int) -> Deadline:
+        """On this process's clock, earlier by what it takes to write an answer of k items, and by its way back."""
+        back_s = min(WAY_BACK_S + ITEM_S * k, 0.1 * self.timeout_s)
+        return Deadline(now + self.left_s - self.timeout_s, self.timeout_s - back_s)
 
 
 def generation_number(digest: str) -> int:

@@ -282,8 +282,7 @@ class WorkerPool:
         return got.is_last
 
     def _ranked(self, worker: _Worker, job: _Job, said: Told) -> None:
-        took_s = time.monotonic() - worker.since
-        worker.row_s += RECENT * (took_s / job.n - worker.row_s)
+        worker.row_s += RECENT * ((time.monotonic() - worker.since) / job.n - worker.row_s)
         if not job.answer.done():
             report = said.reports[Stage.RERANKING]
             self.metrics.shard("failed" if report.outcome is Outcome.FAILED else "ok", report.seconds)

@@ -138,13 +138,12 @@ class Worker:
 
     def _ranked(self, asked: Asked) -> Told:
         """Raises InvalidRequest."""
-        started = time.monotonic()
-        deadline = asked.deadline(started)
-        parsed = wire.parse(asked.sent.body, wire.RankRequest)
+        started, parsed = time.monotonic(), wire.parse(asked.sent.body, wire.RankRequest)
+        deadline = asked.deadline(started, parsed.k or self.generation.manifest.funnel.k)
         resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
         narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))
-        told = wire.told(outcome_of(partial(self.funnel.finish, narrowed)), self.generation)
-        return told._replace(seconds=time.monotonic() - started)
+        query, ranking = outcome_of(partial(self.funnel.finish, narrowed))
+        return wire.told(query, ranking, self.generation)._replace(seconds=time.monotonic() - started)
 
     # ------------------------------------------------------------------------------------- the sockets
 

@@ -196,7 +196,7 @@ def _at(
     say: Callable[[str], None],
 ) -> None:
     rate = share * row.rate
-    seconds = requests * 1.02 / rate  # a Poisson process of so long has at least so many
+    seconds = requests * 1.05 / rate  # a Poisson process of so long has at least so many
     parts = math.ceil(seconds / PART_S)
     seen, speeds = measure.run(target, rate, seconds, parts, int(share * 100))
     one = measure.summed_up(seen, rate, speeds, seconds)

@@ -34,10 +34,10 @@ def test_what_is_wrong_with_a_request_comes_back_field_by_field():
     assert read_back(errors) == errors
 
 
-@given(st.floats(-1, 1e4), st.floats(1e-3, 10), st.floats(0, 1e6))
-def test_the_time_left_crosses_and_no_instant_and_the_way_back_is_taken_off(left_s, timeout_s, now):
+@given(st.floats(-1, 1e4), st.floats(1e-3, 10), st.floats(0, 1e6), st.integers(1, 1_000))
+def test_the_time_left_crosses_and_no_instant_and_what_follows_is_taken_off(left_s, timeout_s, now, k):
     asked = read_back(Asked(Sent("r", b"{}", None), left_s, timeout_s, 1.0))
-    deadline, way_back_s = asked.deadline(now), min(0.002, timeout_s / 10)
+    deadline, way_back_s = asked.deadline(now, k), min(0.002 + 2e-6 * k, timeout_s / 10)
     assert deadline.timeout_s == pytest.approx(timeout_s - way_back_s)
     assert deadline.started_at + deadline.timeout_s == pytest.approx(now + left_s - way_back_s, abs=1e-6)
 

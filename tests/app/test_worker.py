@@ -11,7 +11,7 @@ import pytest
 from app import wire
 from app.control.costs import Cost
 from app.errors import BundleError, StageFailed
-from app.flow import Ranked, Sent, Stage
+from app.flow import Sent, Stage
 from app.warmup import offline_query, rank_offline
 from app.workers import scoring, worker
 from app.workers.messages import HEADER, Asked, Kind, frame, generation_number, read_frames, read_header
@@ -154,7 +154,7 @@ async def test_a_request_is_ranked_as_in_the_parent(child, generation, funnel, r
     header, payload = child.receive()
     assert (header.kind, header.job) == (Kind.RANKED, JOB)
     told, answer = payload, orjson.loads(wire.finished(payload, {}))
-    alone = orjson.loads(wire.finished(wire.told(Ranked(query, expected), generation), {}))
+    alone = orjson.loads(wire.finished(wire.told(query, expected, generation), {}))
     for one in (answer, alone):
         one["scores"] = pytest.approx([item.pop("score") for item in one["items"]], rel=1e-5)
     answer["scores"] = answer["scores"].expected

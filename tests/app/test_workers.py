@@ -17,7 +17,7 @@ from app.bundle import load
 from app.control.deadline import Deadline
 from app.errors import InvalidRequest, ServerError, StageFailed
 from app.flow import Degradation, Outcome, Sent, Stage, Told
-from app.funnel import Funnel
+from app.funnel import Funnel, offline_funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
 from app.workers.messages import FORMAT, Kind
@@ -367,7 +367,7 @@ async def test_an_answer_in_another_format_ends_the_worker_and_another_takes_its
 
 
 def sent(request) -> Sent:
-    return Sent("r-1", orjson.dumps(request), request.get("rerank_count"))
+    return Sent(request.get("request_id", "r-1"), orjson.dumps(request), request.get("rerank_count"))
 
 
 def running(pool, generation) -> Funnel:
@@ -378,7 +378,7 @@ def running(pool, generation) -> Funnel:
 async def rank(funnel: Funnel, request, timeout_s: float = LONG_S):
     query = offline_query(request, funnel.generation)
     found = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), timeout_s), sent=sent(request))
-    return found if isinstance(found, Told) else wire.told(found, funnel.generation)
+    return found if isinstance(found, Told) else wire.told(*found, funnel.generation)
 
 
 def rows_of(told: Told) -> list[int]:
@@ -405,10 +405,14 @@ async def test_a_request_that_one_worker_ranks_has_the_ranking_of_the_offline_fu
 
 async def test_many_requests_at_once_get_each_their_own_answer(pools, generation):
     funnel = running(pools[2], generation)
-    answers = await asyncio.gather(*(rank(funnel, {"user": {"id": world.USER_IDS[i % 5]}, "k": 3}) for i in range(40)))
+    asked = [{"user": {"id": world.USER_IDS[i % 5]}, "k": 3, "request_id": f"r-{i}"} for i in range(40)]
+    alone = offline_funnel(generation)
+    expected = [(await rank_offline(alone, offline_query(one, generation))).rows.tolist() for one in asked[:5]]
+    assert len(set(map(tuple, expected))) == 5
+    answers = await asyncio.gather(*(rank(funnel, one) for one in asked))
     for i, told in enumerate(answers):
-        assert told.logged["history"] == len(world.HISTORIES[i % 5])
-        assert not set(world.HISTORIES[i % 5]) & set(rows_of(told))
+        assert rows_of(told) == expected[i % 5]
+        assert orjson.loads(wire.finished(told, {}))["request_id"] == f"r-{i}"
     assert pools[2].backlog == 0
 
 

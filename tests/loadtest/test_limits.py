@@ -16,7 +16,7 @@ from loadtest.arrivals import constant
 from loadtest.limits import command, cpu, measure
 from loadtest.limits.bare_loop import Timing, bare_loop
 from loadtest.limits.kernels import PARTS
-from loadtest.limits.measure import Limits, Load, in_turn, over_neighbours
+from loadtest.limits.measure import TOLERANCE, Limits, Load, in_turn, over_neighbours
 
 
 def test_limits_measures_a_real_service_and_ends_with_a_line_of_json(bundle, capsys, monkeypatch):
@@ -303,11 +303,14 @@ def test_what_can_not_be_measured_is_exit_code_1(bundle, capsys, monkeypatch):
     ("cpu_ratios", "missed"), [((1.3, 1.0, 1.1), 0), ((1.3, 1.2, 1.1), 1)], ids=["met by the median", "missed"]
 )
 def test_the_bench_holds_the_medians_of_three_measurements_to_their_bars(
-    bundle, capsys, monkeypatch, cpu_ratios, missed
+    bundle, tmp_path, capsys, monkeypatch, cpu_ratios, missed
 ):
     ratios, of_searches = iter((*cpu_ratios, 0.7, 0.6, 0.8)), iter([14.0] * 3 + [21.0] * 3)
 
-    def measured(*_, **__):
+    asked = []
+
+    def measured(measured_bundle, *_, kernels_of, tolerance, **__):
+        asked.append((measured_bundle, kernels_of, tolerance))
         of_search = next(of_searches)
         good = {"paced": [timing(1.0)] * 2, "unloaded": [load(1, p50_ms=1.2)], "search_cpu_ms": [of_search]}
         return limits(hot=[timing(1.0)] * 2, loaded=[load(next(ratios), 5.0, 20.0)], **good)
@@ -315,7 +318,11 @@ def test_the_bench_holds_the_medians_of_three_measurements_to_their_bars(
     monkeypatch.setattr(bench_speed, "measure_limits", measured)
     w2 = {"over_whole": 0.2, "over_by_hand": 1.0, "difference": 1e-6}
     monkeypatch.setattr(bench_speed, "of_w2", lambda say: w2)
-    assert bench_speed.main(["--bundle", str(bundle), "--int8", str(bundle)]) == missed
+    int8 = tmp_path / "int8"
+    int8.mkdir()
+    (int8 / "manifest.json").touch()
+    assert bench_speed.main(["--bundle", str(bundle), "--int8", str(int8)]) == missed
+    assert asked == [(bundle, bundle, TOLERANCE)] * 3 + [(int8, bundle, bench_speed.IN_EIGHT_BITS)] * 3
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["bench"] == "speed" and [len(runs) for runs in found["runs"].values()] == [3, 3]
     of_w1 = [sorted(cpu_ratios)[1], 1.2, 4, pytest.approx(0.7)]
@@ -333,7 +340,7 @@ def test_a_measurement_that_fails_misses_every_bar(bundle, capsys, monkeypatch):
 
     monkeypatch.setattr(bench_speed, "measure_limits", fails_second)
     monkeypatch.setattr(bench_speed, "of_w2", lambda say: {})
-    assert bench_speed.main(["--bundle", str(bundle), "--int8", str(bundle)]) == 1
+    assert bench_speed.main(["--bundle", str(bundle), "--int8", "nowhere"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["figures"].values()) == {None}
     assert len(found["missed"]) == 9

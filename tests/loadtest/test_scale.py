@@ -35,8 +35,8 @@ def test_every_figure_is_measured_and_held_to_its_bar(
     assert figures["recall@100"] >= 0.90
     assert figures["p50 of 1,000 items at 20/s"] > 0
     assert code == bool(found["missed"])
-    of_time = {name for name in found["missed"] if "growth" in name}  # of milliseconds on a busy machine: either way
-    assert [name.partition(": ")[2] for name in found["missed"] if name not in of_time] == missed
+    # Whether bars of time are met hangs on who else uses the machine.
+    assert [name.partition(": ")[2] for name in found["missed"] if "memory" in name or "recall" in name] == missed
 
 
 def test_a_bundle_that_can_not_be_made_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,16 @@ def test_the_same_items_make_the_same_index(kind: index.Kind) -> None:
     assert first.search == second.search
 
 
+@pytest.mark.parametrize("kind", ["ivf_sq8", "ivf_pq"])
+def test_lists_are_the_same_whatever_the_number_of_cores(kind: index.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for cores in (1, 2):
+        monkeypatch.setattr(index.os, "cpu_count", lambda cores=cores: cores)
+        made.append(faiss.serialize_index(index._filled(kind, ITEMS)))
+        assert faiss.omp_get_max_threads() == 1
+    assert np.array_equal(*made)
+
+
 def test_exact_search_in_blocks_is_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "BLOCK", 700)
     found = index.search_exactly(ITEMS.astype(np.float16), USERS, WIDTH)

@@ -80,10 +80,49 @@ def test_what_is_no_faster_is_not_taken(made: Path, tmp_path: Path, monkeypatch:
     assert quantise(made, tmp_path / "int8") == 2
 
 
-def test_pack_quantises_where_it_is_told_to(made: Path, tmp_path: Path, is_fast: None) -> None:
+@pytest.mark.parametrize(("options", "is_quantised"), [(["--int8"], True), ([], False)], ids=["told to", "not told to"])
+def test_pack_quantises_what_it_has_cut_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], is_quantised: bool
+) -> None:
+    """The tiny world with a re-ranker of three layers over [user, item], of which the first is folded."""
     source = world.write_source(tmp_path / "source")
-    assert main(["pack", "--config", str(source), "--out", str(tmp_path / "plain"), "--int8"]) == 0
-    assert products(tmp_path / "plain") == []  # it has no product with constant weights
+    onnx.save(layered(), source.parent / "re_ranker.onnx")
+    histories = ([1000 + i % 50, 1000 + i % 37] for i in range(250))
+    samples = source.parent / "samples.jsonl"
+    samples.write_text("".join(f'{{"user": {{"history": {history}}}}}\n' for history in histories))
+    text = source.read_text()
+    start, end = text.index("[re_ranker]"), text.index("[pre_ranker]")
+    inputs = '{name = "user", source = "user_embedding"}, {name = "item", source = "item_embedding"}'
+    source.write_text(f'{text[:start]}[re_ranker]\nfile = "re_ranker.onnx"\ninputs = [{inputs}]\n\n{text[end:]}')
+    # Whatever the clock says: what is more cut, or in fewer bits, is faster.
+    monkeypatch.setattr(hoisting, "timed", lambda ways, *_: {way.what: 1 / (1 + len(way.what)) for way in ways})
+    monkeypatch.setattr(quantising, "MOST_LOST", 1.0)
+    assert main(["pack", "--config", str(source), "--out", str(tmp_path / "packed"), *options]) == 0
+    generation = load(tmp_path / "packed")
+    asyncio.run(prove(generation))
+    assert generation.once is not None
+    assert bool(products(tmp_path / "packed")) is is_quantised
+
+
+def layered() -> onnx.ModelProto:
+    """score = w3 · relu(relu([user, item] w1) w2)"""
+    rng, d = np.random.default_rng(0), world.D
+    shapes = {"w1": (2 * d, 16), "w2": (16, 8), "w3": (8, 1)}
+    weights = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [helper.make_node("Concat", ["user", "item"], ["x"], axis=1)]
+    nodes += [helper.make_node("MatMul", ["x", "w1"], ["a1"]), helper.make_node("Relu", ["a1"], ["h1"])]
+    nodes += [helper.make_node("MatMul", ["h1", "w2"], ["a2"]), helper.make_node("Relu", ["a2"], ["h2"])]
+    nodes += [helper.make_node("MatMul", ["h2", "w3"], ["score"])]
+    inputs = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", d]) for n in ("user", "item")]
+    score = helper.make_tensor_value_info("score", onnx.TensorProto.FLOAT, ["n", 1])
+    graph = helper.make_graph(nodes, "layered", inputs, [score], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def test_a_graph_without_products_is_served_as_it_is(bundle: Path, tmp_path: Path, is_fast: None) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join(f'{{"user": {{"history": [{1000 + i % 50}]}}}}\n' for i in range(200)))
+    assert main(["quantise", str(bundle), "--requests", str(requests), "--out", str(tmp_path / "int8")]) == 2
 
 
 def test_too_few_sample_requests_are_refused(made: Path, tmp_path: Path) -> None:
@@ -110,18 +149,17 @@ def chain(*ops: str) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph(nodes, "chain", [x], [y], weights))
 
 
-def test_all_products_or_all_but_the_first() -> None:
+def test_all_products_but_the_last_or_but_the_first_as_well() -> None:
     model = chain("MatMul", "Gemm", "MatMul")
-    names = [node.name for node in model.graph.node if node.op_type != "Relu"]
-    assert names == ["", "", ""]
     ways = dict(quantising._ways(model))
     names = [node.name for node in model.graph.node if node.op_type != "Relu"]
-    assert ways == {"in int8": names, "in int8 but for the first layer": names[1:]}
+    assert len(set(names)) == 3
+    assert ways == {"in int8": names[:2], "in int8 but for the first layer": names[1:2]}
 
 
-def test_of_one_layer_there_is_one_way_and_of_none_there_is_none() -> None:
-    assert list(dict(quantising._ways(chain("Gemm")))) == ["in int8"]
-    assert dict(quantising._ways(chain())) == {}
+def test_of_two_layers_there_is_one_way_and_of_one_there_is_none() -> None:
+    assert list(dict(quantising._ways(chain("Gemm", "Gemm")))) == ["in int8"]
+    assert dict(quantising._ways(chain("Gemm"))) == dict(quantising._ways(chain())) == {}
 
 
 def test_the_loss_is_what_the_float_model_says_of_what_is_shown_instead() -> None:
@@ -138,6 +176,9 @@ def test_the_loss_is_what_the_float_model_says_of_what_is_shown_instead() -> Non
     discount = 1 / np.log2(3)
     assert lost([8, 9, 1, 0]) == pytest.approx(1 - (0.3 + 0.4 * discount) / (0.4 + 0.3 * discount))
     assert lost([0, 1, 8, 9]) == pytest.approx(1 - (0.0 + 0.1 * discount) / (0.4 + 0.3 * discount), abs=1e-6)
+    scores[3] = -np.inf  # what the model rules out is worth nothing, and others what they are above the least
+    assert lost([9, 8, 1, -np.inf]) == pytest.approx(0)
+    assert lost([8, 9, 1, -np.inf]) == pytest.approx(1 - (0.2 + 0.3 * discount) / (0.3 + 0.2 * discount))
 
 
 def test_a_way_whose_rows_hang_together_is_refused(

@@ -156,12 +156,14 @@ def test_people_have_chosen_what_the_truth_says_they_like(world: Generation, fol
 def test_a_truth_of_another_world_is_refused(
     world: Generation, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored = dict(np.load(folder / "first/w1.truth.npz"))
-    np.savez(tmp_path / "other.npz", **(stored | {"latent": stored["latent"][1:]}))
     requests = folder / "first/w1.requests.jsonl"
     command = ["evaluate", str(world.path), "--requests", str(requests), "--most", "5", "--truth"]
-    assert main([*command, str(tmp_path / "other.npz")]) == 2
-    assert f"is about {N - 1:,} items, the bundle has {N:,}" in capsys.readouterr().err
+    assert main([*command, str(folder / "other/w1.truth.npz")]) == 2  # as many items
+    assert "is about another world than the bundle's" in capsys.readouterr().err
+    (tmp_path / "none.npz").write_bytes(b"nothing")
+    for file in (tmp_path / "none.npz", tmp_path / "not there.npz"):
+        assert main([*command, str(file)]) == 2
+        assert "no truth of a made-up world" in capsys.readouterr().err
     truth.report(world, requests, folder / "first/w1.truth.npz", 5)
     assert "NDCG@20 against the truth, 5 requests" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The hidden truth: tastes that moments move, logits by its formula, and how good an order is against it."""
+"""The hidden truth: tastes that moments move, and logits by its formula. What is judged by it: test_synthesize.py."""
 
 import numpy as np
 import pytest
