@@ -165,7 +165,7 @@ def test_a_truth_of_another_world_is_refused(
         assert main([*command, str(file)]) == 2
         assert "no truth of a made-up world" in capsys.readouterr().err
     truth.report(world, requests, folder / "first/w1.truth.npz", 5)
-    assert "NDCG@20 against the truth, 5 requests" in capsys.readouterr().out
+    assert "NDCG@20 against the truth, 3 requests" in capsys.readouterr().out  # two of five are nobody's
 
 
 def test_a_catalogue_too_small_is_refused(
