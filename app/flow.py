@@ -3,6 +3,7 @@
 Frozen records with arrays in columns: one array a field, not one object an item. Arrays are read-only
 from the moment they are in a record (`sealed`). Rows are numbers in the catalogue of one generation and
 mean nothing outside it. What a stage may do to these records is checked in funnel.py, nowhere else.
+It is over 250 lines because the records of the whole way are read together, in its order.
 """
 
 from __future__ import annotations

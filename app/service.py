@@ -194,10 +194,8 @@ class Service:
                 said = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
                 told = said if isinstance(said, Told) else wire.told(*said, serving.generation)
                 took_s = time.monotonic() - started
-                worked_s, stages = (
-                    took_s if told.seconds is None else told.seconds,
-                    {r.stage.label: r.seconds for r in told.reports},
-                )
+                worked_s = took_s if told.seconds is None else told.seconds
+                stages = {r.stage.label: r.seconds for r in told.reports}
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, told.extra_s)
                 self.gate.expects(serving.funnel.seconds(FLOOR))

@@ -6,7 +6,8 @@
 Items stand in clusters of Zipf sizes, popularity is Zipf's again; a person's taste lies between one to three clusters,
 and the history is what was chosen, by the truth, of what such a person comes across. Everything is drawn in blocks
 straight to disk, so memory holds a few numbers an item. The same world and seed give the same files. Ids don't depend
-on the seed: bundles of two seeds answer the same requests, about different worlds.
+on the seed: bundles of two seeds answer the same requests, about different worlds. It is over 250 lines because items,
+people and requests are one world, drawn from one seed.
 """
 
 import json

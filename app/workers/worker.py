@@ -138,7 +138,8 @@ class Worker:
 
     def _ranked(self, asked: Asked) -> Told:
         """Raises InvalidRequest."""
-        started, parsed = time.monotonic(), wire.parse(asked.sent.body, wire.RankRequest)
+        started = time.monotonic()
+        parsed = wire.parse(asked.sent.body, wire.RankRequest)
         deadline = asked.deadline(started, parsed.k or self.generation.manifest.funnel.k)
         resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
         narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))

@@ -17,7 +17,7 @@ from loadtest.plan.planning import Question
 from loadtest.plan.what_if import VARIED, varied, what_if
 
 BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
-MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in two minutes"
+MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in five minutes"
 NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
 NONE = (planning.Interval(float("nan"), float("nan"), float("nan")),) * 2  # p50 and p99 where there are none
 BY_HAND, BOTH = ("shards", "documents", "doc-ms"), ("qps",)  # of what may be varied
