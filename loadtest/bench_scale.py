@@ -4,9 +4,12 @@
                                                        highest rate ─▶ half of it: p99 ─▶ memory of all processes
     the same at 20 a second on W1 ─▶ how p50 grows with the catalogue: exponent of N
 
-A hundred million items take hours and, by arithmetic, some 40 GB of disk; nobody has run it yet: `--items 100_000_000
---rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80`. Memory is PSS: pages of maps that were touched count, once for all processes. Exit codes: 0, 1
-when a bar is missed, 2 for what can't be used.
+A hundred million items take hours and, by arithmetic, some 40 GB of disk; nobody has run it yet:
+
+    --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80
+
+Memory is PSS: pages of maps that were touched count, once for all processes. Exit codes: 0, 1 when a bar is missed, 2
+for what can't be used.
 """
 
 import argparse
