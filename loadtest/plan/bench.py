@@ -3,8 +3,8 @@
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
 No number of the other configurations enters a prediction but how fast the machine was meanwhile: it drifts, so a probe
-runs before and after each part of each run, and the prediction is for the speeds met. The load generator runs on the
-same machine and takes its CPU: here, and only here, it is a station of the simulation.
+runs before and after each part of each run, and the prediction is for the median of a run's probes. The load
+generator runs on the same machine and takes its CPU: here, and only here, it is a station of the simulation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from loadtest.lab.bodies import for_bundle
 from loadtest.plan import bundles, calibration, measure
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
-from loadtest.plan.recipe import Model, latencies, model
+from loadtest.plan.recipe import Model, model
 from loadtest.plan.report import of_load
 from loadtest.plan.speed import probing
 from loadtest.table import Figure, verdict
@@ -37,8 +37,8 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
+SEARCHES = 3  # of the highest rate, whose median counts: single ones are a tenth off
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
-NEAR = 1.3  # steps of the search within this ratio of the rate found say how fast the machine was
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
 
@@ -162,25 +162,29 @@ def _measure(
     with probing() as probe, measure.serve(bundle, row.configuration) as server:
         target = measure.aim(server, bodies, probe)
         measure.single(target, row.configuration.rerank, 100)
-        steps: list[tuple[float, float]] = []
+        steps, probes = 0, [probe()]
         step_s = 2.0 if is_quick else STEP_S
 
         def holds(rate: float) -> bool:
+            nonlocal steps
             settle(server)
-            seen, speeds = measure.run(target, rate, step_s, 1, len(steps))
-            steps.append((rate, float(np.mean(speeds))))
+            seen, speeds = measure.run(target, rate, step_s, 1, steps)
+            steps += 1
+            probes.extend(speeds)
             one = measure.summed_up(seen, rate, speeds, step_s)
             say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
             is_answered = bool(seen.is_ok.mean() >= LEAST_ANSWERED)
             return is_answered and one.coverage >= LEAST_COVERAGE and one.p99_s <= SLA_S
 
-        start = predicts(probe()).bound / 2
-        row.rate = search.highest_rate(holds, start, within=0.2 if is_quick else 0.04)
-        if not row.rate:
-            raise RuntimeError("no rate keeps the SLA")
-        near = [speed for rate, speed in steps if 1 / NEAR < rate / row.rate < NEAR]
-        row.slower = float(np.median(near)) / calibrated.speed_s
-        row.predicted_rate = highest_rate(predicts(float(np.median(near))), REQUESTS, step_s, search.TRIES)
+        found = [predicts(probes[0]).bound / 2]  # where to begin
+        for _ in range(1 if is_quick else SEARCHES):
+            found.append(search.highest_rate(holds, found[-1], within=0.2 if is_quick else 0.04))
+            if not found[-1]:
+                raise RuntimeError("no rate keeps the SLA")
+            say(f"  highest rate {found[-1]:.0f}/s")
+        row.rate, speed_s = float(np.median(found[1:])), float(np.median(probes))
+        row.slower = speed_s / calibrated.speed_s
+        row.predicted_rate = highest_rate(predicts(speed_s), REQUESTS, step_s, search.TRIES)
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
         for share in SHARES:
             settle(server)
@@ -200,8 +204,8 @@ def _at(
     parts = math.ceil(seconds / PART_S)
     seen, speeds = measure.run(target, rate, seconds, parts, int(share * 100))
     one = measure.summed_up(seen, rate, speeds, seconds)
-    models = [predicts(speed) for speed in speeds]
-    met = np.concatenate([latencies(models, rate, seconds, 100 * seed) for seed in range(SIMULATED)])
+    predicted = predicts(one.speed_s)
+    met = np.concatenate([predicted.at(rate, seconds, seed).latency_s for seed in range(SIMULATED)])
     row.p99_s[share] = one.p99_s, float(np.percentile(met, 99))
     late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
     p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 5
+FORMAT = 6
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -50,6 +52,10 @@ class Loaded:
     cpu_s: float
     speeds: tuple[float, ...]
     seconds: float
+
+    @property
+    def speed_s(self) -> float:
+        return float(np.median(self.speeds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 What a request takes is metered one request at a time. Under load its CPU is another: on cores that idle in between
 caches are cold, on busy ones they are warm, but neighbours are in the way. `warmth` is a line through the CPU a request
 that was metered in the loaded runs, over what the demand says at the speeds they met, by how busy the cores were.
-`wake_s` is how long a worker that wakes waits for a turn on a busy core: chosen so that the simulation of those runs
+`wake_s` is how long who wakes waits for a turn while all cores are busy: chosen so that the simulation of those runs
 that weren't near the most the cores can do comes nearest to their p50s and p99s, by the mean absolute log ratio, on a
 grid that is made finer; over the better four fifths of these figures, since one run in five meets a stall that is
 nobody's load.
@@ -18,7 +18,7 @@ from loadtest.plan.calibration import Calibration, Loaded
 from loadtest.plan.recipe import model
 
 WARMTH = (0.5, 2.0)  # of the demand, on idle and on busy cores
-WAKE_S = (0.0, 6e-3)  # up to two of the scheduler's turns
+WAKE_S = (0.0, 1e-2)  # up to a few of the scheduler's turns
 GRID, ROUNDS = 7, 3
 BETTER = 0.8  # of p50s and p99s, which count
 SPREAD = 0.25  # of the cores: runs less different say what the CPU is, but not how it changes
@@ -76,4 +76,4 @@ def error(calibration: Calibration, runs: Sequence[Loaded], wake_s: float) -> fl
 
 def scale_of(calibration: Calibration, run: Loaded) -> float:
     """How much slower than the calibration's reference the machine was in a run."""
-    return float(np.mean(run.speeds)) / calibration.speed_s
+    return run.speed_s / calibration.speed_s

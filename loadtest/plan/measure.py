@@ -1,12 +1,13 @@
 """Two minutes with the real service, from outside: HTTP, its answers' `took_ms`, and /proc for whose CPU it took.
 
     one request at a time, at several widths, in rounds       ─▶ who spends what by width; the shapes of single requests
-    open-loop load at rising rates, in parts                  ─▶ what load does (fit.py)
+    open-loop load at rising rates                            ─▶ what load does (fit.py)
     smaps                                                     ─▶ memory
 
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
 narrow widths, and one service shows them all. Between all parts a probe of the machine's speed runs, and each part's
-seconds are brought to the reference speed, the median of the probes.
+seconds are brought to the reference speed. Single probes differ by a fifth while the service keeps its speed: what
+counts is the median of many, those of a whole run under load, or those around a few single requests.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
-WINDOW = 5  # probes
-LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
+WINDOW = 15  # probes around single requests, whose median is the speed
+LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts, a probe before and after each
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
 Say = Callable[[str], None]
@@ -87,9 +87,9 @@ def calibrate(
         reference = float(np.median(speeds))
         memory = read_memory(server, bundle)
         loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
-    speeds += [speed for run in loaded for speed in run.speeds]
+    speeds += loaded[0].speeds if loaded else []
     if loaded:
-        per_client = [run.client_s * reference / np.mean(run.speeds) for run in loaded]
+        per_client = [run.client_s * reference / run.speed_s for run in loaded]
         demand = replace(demand, client_s=float(np.median(per_client)))
     calibration = Calibration(
         date=time.strftime("%Y-%m-%d %H:%M"),
@@ -166,24 +166,27 @@ def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[
     speeds = [target.probe()]
 
     def measured(rerank: int, n: int) -> Single:
-        """At a speed of 1: seconds over those of the probes before and after."""
         run = single(target, rerank, n)
         speeds.append(target.probe())
-        return run.scaled(1 / float(np.mean(speeds[-2:])))
+        return run
 
     say(f"widths {', '.join(map(str, widths(base)))}")
-    runs = [measured(width, A_ROUND) for _ in range(max(2, ROUNDS // short)) for width in widths(base)]
-    base_runs = [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
+    asked = [width for _ in range(max(2, ROUNDS // short)) for width in widths(base)]
+    runs = [measured(width, A_ROUND) for width in asked]
+    runs += [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
     reference = float(np.median(speeds))
-    runs, base_runs = ([run.scaled(reference) for run in these] for these in (runs, base_runs))
-    return demand_of(runs, base_runs, base, niceness(target.server)), speeds
+    runs = [run.scaled(reference / speed) for run, speed in zip(runs, smoothed(speeds)[1:], strict=True)]
+    return demand_of(runs[: len(asked)], runs[len(asked) :], base, niceness(target.server)), speeds
 
 
 # ------------------------------------------------------------------------------------------- under load
 
 
 def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
-    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
+    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none.
+
+    They follow each other in a minute, so all were met at one speed: each has the probes of all.
+    """
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     run(target, rate, seconds / PARTS, 1, LOADS)  # nobody's first load counts either
@@ -199,23 +202,24 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
             break
         runs += [one] if is_usable else []
         rate = rate * GROWTH if is_usable else rate / GROWTH**2
-    return runs
+    speeds = tuple(speed for one in runs for speed in one.speeds)
+    return [replace(one, speeds=speeds) for one in runs]
 
 
 def run(
     target: Target, rate: float, seconds: float, parts: int, seed: int, bodies: Sequence[bytes] | None = None
 ) -> tuple[Observed, tuple[float, ...]]:
-    """Open-loop load in parts, a probe of the speed before and after each; all parts as one, each part's speed."""
+    """Open-loop load in parts, a probe of the speed before and after each; all parts as one, and the probes."""
     probes, seen = [target.probe()], []
     for part in range(parts):
         due = poisson(rate, seconds / parts, 1_000 * seed + part)
         seen.append(attack(Attack(target.server.port, bodies or target.bodies, due)))
         probes.append(target.probe())
-    return joined(seen), tuple((a + b) / 2 for a, b in pairwise(smoothed(probes)))
+    return joined(seen), tuple(probes)
 
 
 def smoothed(probes: Sequence[float]) -> list[float]:
-    """Their running median: single probes differ by a fifth on a machine that serves at one speed."""
+    """Their running median."""
     reach = WINDOW // 2
     return [float(np.median(probes[max(0, i - reach) : i + reach + 1])) for i in range(len(probes))]
 

@@ -11,7 +11,6 @@ station of its own, in front and at the end; plans leave it out.
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loadtest.plan.calibration import Calibration, Configuration, Demand
 from loadtest.plan.simulation import Floats, Machine, Simulated, Station, Step, simulate
@@ -24,6 +23,7 @@ MORE_THREADS, MOST_THREADS = 4, 32  # of asyncio's own pool: so many more than c
 # Met once on two busy cores (2026-11, paced rows, 2 to 5 workers): what a shared request took the loop beyond a whole
 # one, over its shards, was 0.7 to 1.5 ms where a shard took 0.16 to 0.4 of the SLA, 1.3 to 4.4 ms at twice the rows.
 FAN_OUT_S = 1e-3
+FREED = 0.2  # of what an answer takes the loop, before its worker is given the next request
 LOOP, THREADS, WORKERS, CLIENT = range(4)
 MOST_REQUESTS = 40_000  # of a simulation
 STEP, PERCENTILE, FLOOR = 0.001, 0.99, 0.2  # of the service's rule for quality, as what follows
@@ -95,14 +95,15 @@ class Model:
         half, trip = (np.asarray(self.scale * self.warm * s * of_loop) for s in (d.loop_s / 2, d.trip_s))
         narrow = _drawn(_narrow(means), _narrow(base), of_narrow, drawn[:, 1], rng)
         longest = _drawn(means["reranking"] / n_shards, base["reranking"] / n_base, of_shards, drawn[:, 2], rng)
-        between = [Step(WORKERS, narrow + longest, trip)]
+        between = [Step(WORKERS, narrow + longest, trip, holds=True), Step(LOOP, FREED * half)]
         if self.is_shared(c):
             between = [
                 Step(THREADS, narrow),
                 Step(LOOP, np.full(n, self.scale * self.warm * self._dealing(c))),
                 Step(WORKERS, np.repeat(longest[:, None], n_shards, axis=1), trip),
             ]
-        steps = [Step(LOOP, half), *between, Step(LOOP, half)]  # requests and answers weigh about the same
+        rest = half if self.is_shared(c) else (1 - FREED) * half
+        steps = [Step(LOOP, half), *between, Step(LOOP, rest)]  # requests and answers weigh about the same
         if self.has_client:
             client = np.full(n, means["client"] / 2)
             steps = [Step(CLIENT, client), *steps, Step(CLIENT, client)]
@@ -203,8 +204,3 @@ def model(
     machine = Machine(cores or calibration.cores, calibration.wake_s * scale)
     share, warmth = calibration.search_share, calibration.warmth
     return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale, share, warmth)
-
-
-def latencies(models: list[Model], rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:
-    """Of one run in parts, each at its own speed: all latencies together."""
-    return np.concatenate([one.at(rate, seconds / len(models), seed + i).latency_s for i, one in enumerate(models)])

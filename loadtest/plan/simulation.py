@@ -4,8 +4,8 @@
 
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
 at work than cores each gets its share by the scheduler's weights, never more than one core. A step of several parts is
-over when the last of them is. Who yields to others (a weight under 1) and begins when all cores are busy also waits to
-be put on one, until its turn comes (`wake_s`) or a core is free.
+over when the last of them is. Who begins when all cores are busy also waits to be put on one, until its turn comes
+(`wake_s`) or a core is free: schedulers let who runs finish a turn.
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
@@ -34,7 +34,7 @@ class Station:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """wake_s: mean wait of who yields for a turn on a core while all are busy, seconds, exponential."""
+    """wake_s: mean wait for a turn on a core while all are busy, seconds, exponential."""
 
     cores: int
     wake_s: float = 0.0
@@ -42,11 +42,15 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """work: CPU seconds, f64[n] or, for parts that run side by side, f64[n, parts]. pause: seconds after it, f64[n]."""
+    """work: CPU seconds, f64[n] or, for parts that run side by side, f64[n, parts]. pause: seconds after it, f64[n].
+
+    holds: of one part; whoever did it takes nothing else before the next step is over (which says that it is free).
+    """
 
     station: int
     work: Floats
     pause: Floats | None = None
+    holds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def simulate(
     n, n_steps, n_stations = len(arrivals), len(steps), len(stations)
     works = [step.work.reshape(n, -1).tolist() for step in steps]
     pauses = [None if step.pause is None else step.pause.tolist() for step in steps]
-    of_step, yields = [step.station for step in steps], [0 < station.weight < 1 for station in stations]
+    of_step, holds = [step.station for step in steps], [step.holds for step in steps]
     waits = iter(np.random.default_rng(seed).exponential(machine.wake_s, 4096).tolist() * (1 + n * n_steps // 1024))
     free = [station.servers for station in stations]
     queues: list[deque[tuple[float, int, int]]] = [deque() for _ in stations]
@@ -101,8 +105,14 @@ def simulate(
             else:
                 queues[station].append((work, request, at))
 
+    def release(station: int) -> None:
+        if queues[station]:
+            serve(station, *queues[station].popleft())
+        else:
+            free[station] += 1
+
     def serve(station: int, work: float, request: int, at: int) -> None:
-        if machine.wake_s and yields[station] and sum(running) >= machine.cores:
+        if machine.wake_s and stations[station].weight and sum(running) >= machine.cores:
             number = next(numbers)
             woken[number] = station, work, request, at
             heappush(later, (now + next(waits), 1, request, number))
@@ -135,10 +145,10 @@ def simulate(
             running[where] -= 1
             if woken and sum(running) < machine.cores:
                 run(*woken.pop(next(iter(woken))))
-            if queues[where]:
-                serve(where, *queues[where].popleft())
-            else:
-                free[where] += 1
+            if not holds[at]:
+                release(where)
+            if at and holds[at - 1]:
+                release(of_step[at - 1])
             left[request] -= 1
             if not left[request]:
                 pause = pauses[at]

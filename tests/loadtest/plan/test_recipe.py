@@ -13,7 +13,7 @@ from app.stages import reranking
 from app.workers import pool
 from loadtest.plan import memory, recipe
 from loadtest.plan.calibration import Configuration
-from loadtest.plan.recipe import CLIENT, FAN_OUT_S, LOOP, THREADS, WORKERS, coverage, latencies, model
+from loadtest.plan.recipe import CLIENT, FAN_OUT_S, LOOP, THREADS, WORKERS, coverage, model
 from loadtest.plan.simulation import Simulated
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration, demand
 
@@ -81,7 +81,7 @@ def test_a_whole_request_is_one_step_of_a_worker_and_a_shared_one_begins_in_a_th
     def stations(c: Configuration) -> list[int]:
         return [step.station for step in model(CALIBRATION, c).steps(3, np.random.default_rng(0))]
 
-    assert stations(BASE) == [LOOP, WORKERS, LOOP]
+    assert stations(BASE) == [LOOP, WORKERS, LOOP, LOOP]
     assert stations(HURRIED) == [LOOP, THREADS, LOOP, WORKERS, LOOP]
 
 
@@ -95,7 +95,7 @@ def test_the_bound_is_that_of_the_busiest() -> None:
 def test_the_generator_is_there_only_when_asked_for() -> None:
     with_client = model(CALIBRATION, BASE, has_client=True).at(rate=0.01, seconds=10_000)
     assert with_client.latency_s == pytest.approx(ALONE_S + 0.4 * MS, rel=1e-6)
-    assert len(model(CALIBRATION, BASE).steps(1, np.random.default_rng(0))) == 3
+    assert len(model(CALIBRATION, BASE).steps(1, np.random.default_rng(0))) == 4
 
 
 def test_the_bound_is_where_queues_begin_to_grow() -> None:
@@ -118,10 +118,9 @@ def test_work_keeps_its_mean_at_any_width_and_stalls_their_length(retrieve: int)
     assert once == pytest.approx(0.5 * expected + stall, rel=1e-6)
 
 
-def test_a_run_in_parts_meets_each_part_s_speed() -> None:
-    models = [model(CALIBRATION, BASE, scale=scale) for scale in (1.0, 3.0)]
-    met = latencies(models, rate=0.01, seconds=40_000)
-    assert sorted(set(np.round(met / ALONE_S, 3))) == [1.0, 3.0]
+def test_a_slower_machine_takes_so_much_longer() -> None:
+    met = model(CALIBRATION, BASE, scale=3.0).at(rate=0.01, seconds=40_000).latency_s
+    assert met == pytest.approx(3 * ALONE_S)
 
 
 def test_busy_cores_keep_caches_warm() -> None:

@@ -127,9 +127,20 @@ def test_a_wait_for_a_turn_ends_when_a_core_is_free() -> None:
     assert seen.latency_s[1] <= 1.5 + 1e-6
 
 
-def test_only_who_yields_waits_for_a_turn() -> None:
-    """Two of equal weight share the core from the start."""
-    stations = [Station("one", 1), Station("other", 1)]
+@pytest.mark.parametrize(("wake_s", "second"), [(0.0, 2.0), (1e6, 2.0), (1e-6, 2.0)])
+def test_of_two_equals_the_first_is_done_the_sooner_the_longer_the_second_waits_for_a_turn(
+    wake_s: float, second: float
+) -> None:
+    """Without a wait they share the core from the start, and both end last."""
+    stations = [Station("one", 2), Station("other", 1)]
     steps = [Step(0, np.array([1.0, 0.0])), Step(1, np.array([0.0, 1.0]))]
-    seen = simulate(np.array([0.0, 1e-9]), steps, stations, Machine(1, wake_s=1e6))
-    assert seen.latency_s.max() == pytest.approx(2.0)
+    seen = simulate(np.array([0.0, 1e-9]), steps, stations, Machine(1, wake_s=wake_s))
+    assert seen.latency_s == pytest.approx([1.0 if wake_s > 1 else 2.0, second], rel=1e-4)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_who_holds_takes_nothing_else_before_the_next_step_is_over(holds: bool) -> None:
+    """Two requests, a second with the worker and 0.4 with the loop: the worker waits for the loop, or doesn't."""
+    steps = [Step(0, np.ones(2), pause=np.full(2, 0.1), holds=holds), Step(1, np.full(2, 0.4))]
+    seen = simulate(np.zeros(2), steps, [Station("worker", 1), Station("loop", 1)], MANY)
+    assert seen.latency_s == pytest.approx([1.5, 3.0] if holds else [1.5, 2.5])
