@@ -11,15 +11,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
-from pydantic.json_schema import models_json_schema
+from fastapi.security import HTTPBearer
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, wire
-from app.funnel import require_full
 from app.gate import Phase
 from app.keys import require_key
 from app.problems import PROBLEM, WHY_NOT, Problem, problem, request_id_of
@@ -32,16 +31,14 @@ log = logging.getLogger("winnow.request")
 def routes(service: Service) -> APIRouter:
     """The ranking port."""
     router = APIRouter()
-    said = _content(Problem, PROBLEM)
-    responses: dict[int | str, Any] = {code: {"description": why, "content": said} for code, why in WHY_NOT.items()}
-    headers = {"X-Request-Id": {"schema": {"type": "string"}}}
-    responses[200] = {"description": "ranked", "content": _content(wire.RankResponse), "headers": headers}
-    request_body = {"required": True, "content": _content(wire.RankRequest)}
+    responses: dict[int | str, Any] = {code: {"description": why, "model": Problem} for code, why in WHY_NOT.items()}
+    responses[200] = {"description": "ranked", "headers": {"X-Request-Id": {"schema": {"type": "string"}}}}
+    keys = [] if service.keys is None else [Security(HTTPBearer(scheme_name="key", auto_error=False))]
 
-    @router.post("/v1/rank", response_class=Response, responses=responses, openapi_extra={"requestBody": request_body})
-    async def rank(request: Request) -> Response:
+    @router.post("/v1/rank", responses=responses, dependencies=keys)
+    async def rank(request: wire.RankRequest) -> wire.RankResponse:
         """Rank the catalogue, or the caller's candidates, for one person."""
-        return await answer(request, service)
+        raise NotImplementedError  # for the document: `ranking_first` lets none of these through
 
     @router.get("/livez", response_class=PlainTextResponse)
     async def livez() -> Response:
@@ -51,9 +48,10 @@ def routes(service: Service) -> APIRouter:
     @router.get("/readyz", response_class=PlainTextResponse, responses={503: {"model": str}})
     async def readyz() -> Response:
         """Warm, at least one worker alive, not draining."""
-        if service.is_ready:
+        phase, serving = service.gate.phase, service.serving
+        if phase is Phase.SERVING and serving and serving.pool.n_workers:
             return PlainTextResponse("ready\n")
-        why = "no worker is alive" if service.gate.phase is Phase.SERVING else service.gate.phase
+        why = "no worker is alive" if phase is Phase.SERVING else phase
         return PlainTextResponse(f"not ready: {why}\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
     return router
@@ -128,7 +126,7 @@ def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
         service.gate.coming += 1
         return None
     response, outcome = problem(service.gate.refusal(), request_id_of(request.headers))
-    return _counted(service, request, response, outcome)
+    return _counted(service, request, response, outcome, {})
 
 
 async def answer(request: Request, service: Service) -> Response:
@@ -146,8 +144,9 @@ async def answer(request: Request, service: Service) -> Response:
         told, took_s = await service.rank(asked, sent, request_id, (received_at, complete_at))
         took_ms = {part: _ms(seconds) for part, seconds in took_s.items()}
         logged = told.logged | {"stage_ms": took_ms}
-        if told.is_strict:
-            require_full(told.degradations)
+        if asked.strict and told.degradations:
+            lost = ", ".join(f"{d.stage.label} {d.reason}" for d in told.degradations)
+            raise errors.DeadlineMissed(f"the full funnel did not fit: {lost}")
         body = wire.finished(told, took_ms | {"total": _ms(time.monotonic() - received_at)})
         response = Response(body, headers={"x-request-id": request_id}, media_type="application/json")
         outcome = "degraded" if told.degradations else "ok" if told.logged["n"] else "empty"
@@ -158,15 +157,13 @@ async def answer(request: Request, service: Service) -> Response:
     return _counted(service, request, response, outcome, logged)
 
 
-def _counted(
-    service: Service, request: Request, response: Response, outcome: str, logged: dict[str, Any] | None = None
-) -> Response:
+def _counted(service: Service, request: Request, response: Response, outcome: str, logged: dict[str, Any]) -> Response:
     """The response, counted, and logged in one line with what there is to say of its ranking."""
     seconds = time.monotonic() - request.scope["winnow.received_at"]
     service.metrics.request(outcome, seconds)
     sent = {"request_id": response.headers["x-request-id"], "traceparent": request.headers.get("traceparent")}
     said = {"outcome": outcome, "status": response.status_code, "ms": _ms(seconds)}
-    log.info("rank", extra={"fields": sent | said | (logged or {})})
+    log.info("rank", extra={"fields": sent | said | logged})
     return response
 
 
@@ -192,26 +189,15 @@ def _ms(seconds: float) -> float:
 
 # --------------------------------------------------------------------------------------------- OpenAPI
 
-SCHEMA = "#/components/schemas/{model}"
-
-
-def _content(schema: type[wire.Wire], media_type: str = "application/json") -> dict[str, Any]:
-    return {media_type: {"schema": {"$ref": SCHEMA.format(model=schema.__name__)}}}
-
 
 def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
-    """The document, with the wire schemas and an example that the served bundle answers."""
+    """The document, with the media type of problems, and an example that the served bundle answers."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     operation = document["paths"]["/v1/rank"]["post"]
-    _, schemas = models_json_schema(
-        [(wire.RankRequest, "validation"), (wire.RankResponse, "serialization"), (Problem, "serialization")],
-        ref_template=SCHEMA,
-    )
-    components = document["components"] = {"schemas": schemas["$defs"]}
-    if service.keys is not None:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        operation["security"] = [{"key": []}]
-    elif service.serving:  # golden requests come from somebody's log: not for readers without a key
+    for code in WHY_NOT:
+        content = operation["responses"][str(code)]["content"]
+        content[PROBLEM] = content.pop("application/json")
+    if service.keys is None and service.serving:  # golden requests are from somebody's log: not for who has no key
         example = service.serving.generation.manifest.golden[0].request
         operation["requestBody"]["content"]["application/json"]["example"] = example
     return document

@@ -14,54 +14,44 @@ from app.flow import Array, Candidates, Person
 from app.manifest import opening
 
 
-def check_graph(
-    session: ort.InferenceSession,
-    file: str,
-    inputs: tuple[ModelInput, ...],
-    tables: Tables,
-    once: ort.InferenceSession | None = None,
-) -> None:
-    """Every input of the graph is bound once, and what is bound has the graph's type and shape.
-
-    once: a graph that makes some of them, and reads what is bound as well; golden requests show whether the two fit.
-    """
-    made = [o.name for o in once.get_outputs()] if once else []
-    nodes = [i for graph in (once, session) if graph for i in graph.get_inputs()]
-    graph = {i.name for i in nodes} - set(made)
-    bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
-    for name in sorted({name for name in bound if bound.count(name) > 1}):
-        raise BundleError(f"{file}: input {name} is bound more than once")
-    for name in sorted(graph ^ set(bound)):
-        raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in graph else 'unknown'}")
-    readable = [name for name, table in tables.items() if table.dtype.kind != "U"]
-    for i in inputs:
-        is_there = i.table in (None, ROW, *readable)
-        require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
-    arrays = _inputs_of_nothing(inputs, tables)
-    for node in (n for n in nodes if n.name in arrays):
-        _check_input(node, arrays[node.name], file)
-
-
-def check_names(features: FeatureSchema, tables: Tables) -> None:
-    """The linear pre-ranker's features can be made: tried on a few items, for somebody who has seen them."""
-    rows = np.arange(min(3, len(tables["embedding"])))
+def sample(features: FeatureSchema, tables: Tables) -> Inputs:
+    """What bindings are tried on: a few items, for somebody who has seen them; each field holds its default."""
+    numbers = {name: table for name, table in tables.items() if table.dtype.kind in "fiu"}
+    rows, d = np.arange(min(3, len(tables["embedding"]))), tables["embedding"].shape[1]
     person = Person(rows, {key: spec.filled() for key, spec in features.of_request.items()})
     scores = np.zeros(len(rows), np.float32)
-    items = Candidates(rows, scores, scores.astype(np.uint32), scores)
-    numbers = {name: table for name, table in tables.items() if table.dtype.kind in "fiu"}
-    given = Inputs(numbers, person, items, {key: spec.filled(len(rows)) for key, spec in features.fields.items()})
-    for name in features.pre_ranker:
+    items = Candidates(rows, scores, scores.astype(np.uint32), np.zeros(d, np.float32))
+    return Inputs(numbers, person, items, {key: spec.filled(len(rows)) for key, spec in features.fields.items()})
+
+
+def check_names(names: tuple[str, ...], given: Inputs) -> None:
+    """The linear pre-ranker's features can be made of the sample."""
+    for name in names:
         with opening("pre_ranker.npz", f"{name} can't be made of what the bundle holds"):
             named_features((name,), given)
 
 
-def _inputs_of_nothing(inputs: tuple[ModelInput, ...], tables: Tables) -> dict[str, Array]:
-    """What the graph gets for no candidates and nobody: arrays of the type and shape that it always gets."""
-    rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
-    nobody = Person(rows, {i.key: i.filled() for i in inputs if i.field})
-    nothing = Candidates(rows, scores, rows.astype(np.uint32), np.zeros(tables["embedding"].shape[1], np.float32))
-    of_items = item_inputs(inputs, Inputs(tables, nobody, nothing, {}))
-    return request_inputs(inputs, tables, nobody, nothing.user_embedding) | of_items
+def check_graph(file: str, inputs: tuple[ModelInput, ...], given: Inputs, *graphs: ort.InferenceSession) -> None:
+    """Every input of the graph is bound once, and what is bound has the graph's type and shape.
+
+    given: the sample. graphs: those before the last make some inputs of it, and read what is bound as well; golden
+    requests show whether the two fit.
+    """
+    made = {o.name for graph in graphs[:-1] for o in graph.get_outputs()}
+    nodes = [i for graph in graphs for i in graph.get_inputs()]
+    read = {i.name for i in nodes} - made
+    bound = [i.name for i in inputs] + [i.mask for i in inputs if i.mask]
+    for name in sorted({name for name in bound if bound.count(name) > 1}):
+        raise BundleError(f"{file}: input {name} is bound more than once")
+    for name in sorted(read ^ set(bound)):
+        raise BundleError(f"{file}: input {name} is {'not bound in the schema' if name in read else 'unknown'}")
+    for i in inputs:
+        is_there = i.table in (None, ROW, *given.tables)
+        require(is_there, f"{file}: input {i.name} reads the item table {i.table}, which there isn't")
+    person, user = given.person, given.candidates.user_embedding
+    arrays = request_inputs(inputs, given.tables, person, user) | item_inputs(inputs, given)
+    for node in (n for n in nodes if n.name in arrays):
+        _check_input(node, arrays[node.name], file)
 
 
 def _check_input(node: ort.NodeArg, array: Array, file: str) -> None:

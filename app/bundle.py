@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import Field, TypeAdapter
 
-from app.binding import check_graph, check_names
+from app.binding import check_graph, check_names, sample
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
 from app.flow import F32, Array, Arrays, Rows, sealed
@@ -285,9 +285,11 @@ def check_shapes(g: Generation) -> None:
         _check_users(g.users, n, g.manifest.features)
     is_same = g.pre_ranker.names == g.manifest.features.pre_ranker
     require(is_same, "pre_ranker.npz: its feature names are not those of the manifest's schema")
-    check_names(g.manifest.features, g.tables)
-    check_graph(g.user_tower, retriever.tower, g.manifest.features.user_tower, g.tables)
-    check_graph(g.re_ranker, "re_ranker.onnx", g.manifest.features.re_ranker, g.tables, g.once)
+    given = sample(g.manifest.features, g.tables)
+    graphs = [g.once, g.re_ranker] if g.once else [g.re_ranker]
+    check_names(g.manifest.features.pre_ranker, given)
+    check_graph(retriever.tower, g.manifest.features.user_tower, given, g.user_tower)
+    check_graph("re_ranker.onnx", g.manifest.features.re_ranker, given, *graphs)
 
 
 def _check_tables(folder: str, tables: Tables, n: int, kinds: str) -> None:

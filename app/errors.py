@@ -59,8 +59,11 @@ class InvalidRequest(ClientError):
     """The body is JSON, but not what the schema or the bundle allows."""
 
     def __init__(self, *errors: FieldError) -> None:
-        super().__init__("; ".join(f"{e.field}: {e.allowed}" for e in errors))
+        super().__init__(*errors)
         self.errors = errors
+
+    def __str__(self) -> str:
+        return "; ".join(f"{e.field}: {e.allowed}" for e in self.errors)
 
 
 class BodyTooLarge(ClientError):

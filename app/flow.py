@@ -141,7 +141,6 @@ class Query:
     candidates: Rows | None = None
     candidate_fields: Arrays = field(default_factory=dict)
     rerank_count: int | None = None
-    is_strict: bool = False
     ignored: Mapping[str, int] = field(default_factory=dict)
 
     def sent_with(self, rows: Rows) -> dict[str, Array]:
@@ -232,6 +231,7 @@ class RequestScope:
     quality: the share of its widths that the load leaves it.
     extra_s: what the widths that were not run would have taken; infinite once time was short.
     is_late: the time of the stages that run now is over, and substitutes take their places.
+    reports: of the stages that have run, to be had by `Stage`.
     """
 
     generation: str
@@ -249,23 +249,15 @@ class RequestScope:
     degradations: list[Degradation] = field(default_factory=list)
 
 
-class Narrowed(NamedTuple):
-    """A request half-way: the query as resolved, and what pre-ranking left of the catalogue, best first."""
-
-    query: Query
-    scope: RequestScope
-    coarse: Scored
-
-
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """The answer, best first.
 
     rows: i64[k]. scores: f32[k], all on the re-ranker's scale. values: f32[k], what the order is by.
     stages: u8[k], who scored each item. propensities: f64[k] in (0, 1], the probability that the item
-    was shown where it is. empty_reason: why there is no item, or None. expected_ndcg_loss: see control/loss.py;
-    None where the bundle has no measurement of it. extra_s: what the full widths would have taken on top, seconds;
-    infinite if time was short.
+    was shown where it is. reports: of all four stages, to be had by `Stage`. empty_reason: why there is no item, or
+    None. expected_ndcg_loss: see control/loss.py; None where the bundle has no measurement of it. extra_s: what the
+    full widths would have taken on top, seconds; infinite if time was short.
     """
 
     rows: Rows
@@ -275,24 +267,13 @@ class Ranking:
     propensities: NDArray[np.float64]
     generation: str
     degradations: tuple[Degradation, ...]
-    reports: tuple[StageReport, ...]
+    reports: tuple[StageReport, ...] = ()
     empty_reason: str | None = None
     expected_ndcg_loss: float | None = 0.0
     extra_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def report(self, stage: Stage) -> StageReport:
-        """The report of one stage."""
-        return next(r for r in self.reports if r.stage is stage)
-
-
-class Ranked(NamedTuple):
-    """A request's whole way: the query as resolved, and the answer."""
-
-    query: Query
-    ranking: Ranking
 
 
 class Told(NamedTuple):
@@ -308,7 +289,6 @@ class Told(NamedTuple):
     degradations: tuple[Degradation, ...]
     first: tuple[tuple[int, float], ...]
     extra_s: float
-    is_strict: bool
     is_searched: bool
     logged: dict[str, Any]
     seconds: float | None = None

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,26 +20,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from app.bundle import Generation
-from app.control.costs import Cost, Estimate
+from app.control.costs import Estimate
 from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
-from app.errors import ContractError, DeadlineMissed, StageFailed, require
-from app.flow import (
-    Candidates,
-    Degradation,
-    Narrowed,
-    Outcome,
-    Query,
-    Ranked,
-    Ranking,
-    RequestScope,
-    Scored,
-    Sent,
-    Stage,
-    StageReport,
-    Told,
-)
+from app.errors import ContractError, StageFailed, require
+from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Sent, Stage, StageReport, Told
 from app.stages import preranking, reranking, retrieval, selection
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
@@ -51,6 +37,8 @@ LATE_SHARE, LATE_S = 0.3, 1e-3
 Given = TypeVar("Given", contravariant=True)
 Output = TypeVar("Output", Candidates, Scored, covariant=True)
 Resolve = Callable[..., Query]
+# A request half-way: the query as resolved, and what pre-ranking left of the catalogue, best first.
+Narrowed = tuple[Query, RequestScope, Scored]
 
 
 class FunnelStage(Protocol[Given, Output]):
@@ -85,26 +73,20 @@ class Runner(Protocol):
 class Funnel:
     """The funnel over one generation; `scorer` runs the deep model.
 
-    costs: of retrieval and pre-ranking, as measured. runner: runs requests that come as they were sent, if it can.
+    runner: runs requests that come as they were sent, if it can. Stages guess their costs until somebody measures them.
     """
 
     def __init__(
-        self,
-        generation: Generation,
-        scorer: ShardScorer,
-        reserve_s: float = 0.0,
-        costs: tuple[Cost, Cost] | None = None,
-        runner: Runner | None = None,
+        self, generation: Generation, scorer: ShardScorer, reserve_s: float = 0.0, runner: Runner | None = None
     ) -> None:
         self.generation, self.reserve_s, self.runner = generation, reserve_s, runner
         self.retrieval = retrieval.Retrieval(generation)
         self.preranking = preranking.Preranking(generation)
         self.reranking = reranking.Reranking(generation, scorer)
-        self.retrieval.cost, self.preranking.cost = costs or (self.retrieval.cost, self.preranking.cost)
 
     async def rank(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, sent: Sent | None = None
-    ) -> Ranked | Told:
+    ) -> tuple[Query, Ranking] | Told:
         """The best min(k, candidates) items, in time; told where the runner found them.
 
         resolve(is_late=…) says who asks for what, in rows of the generation; late, without looking the person up.
@@ -117,7 +99,7 @@ class Funnel:
             with suppress(StageFailed, TimeoutError):
                 async with asyncio.timeout(deadline.limit(1.0, started, self.reserve_s)):
                     return await self.runner.rank(sent, deadline, quality, until)
-        return await self.finish(await self._narrowed(resolve, deadline, quality, until))
+        return await self.finish(*await self._narrowed(resolve, deadline, quality, until))
 
     async def narrow(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, *, is_late: bool = False
@@ -128,13 +110,15 @@ class Funnel:
         found = await self.run(self.retrieval, scope, query, None)
         coarse = await self.run(self.preranking, scope, query, found)
         scope.is_late = False
-        return Narrowed(query, scope, coarse.top(scope.keep))
+        if query.candidates is None:
+            for cost, report in zip((self.retrieval.cost, self.preranking.cost), scope.reports, strict=True):
+                cost.learn(report)
+        return query, scope, coarse.top(scope.keep)
 
-    async def finish(self, narrowed: Narrowed) -> Ranked:
-        """The second half."""
-        query, scope, coarse = narrowed
+    async def finish(self, query: Query, scope: RequestScope, coarse: Scored) -> tuple[Query, Ranking]:
+        """The second half: the query as resolved, and the answer."""
         fine = await self.run(self.reranking, scope, query, coarse)
-        return Ranked(query, self.select(scope, query, fine))
+        return query, self.select(scope, query, fine)
 
     async def _narrowed(self, resolve: Resolve, deadline: Deadline, quality: float, until: float) -> Narrowed:
         """The first half by a thread; where its time is over without a search, and then without the person."""
@@ -226,13 +210,6 @@ def outcome_of(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     except StopIteration as finished:
         return finished.value
     raise RuntimeError("it waited")
-
-
-def require_full(degradations: Sequence[Degradation]) -> None:
-    """Nothing was given up. Raises DeadlineMissed that says what."""
-    if degradations:
-        lost = ", ".join(f"{d.stage.label} {d.reason}" for d in degradations)
-        raise DeadlineMissed(f"the full funnel did not fit: {lost}")
 
 
 def _outcome(stage: Stage, wanted: int, done: int, narrowing: str | None, *, is_late: bool) -> Outcome:

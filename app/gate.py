@@ -8,13 +8,14 @@ queue is for those who name a priority, or who come together.
 
 import asyncio
 import time
+from bisect import insort
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 
 from app.control.admission import PRIORITY_SHARE, Admission, most_in_time
 from app.control.quality import Quality
-from app.errors import CapacityError
+from app.errors import CapacityError, require
 from app.metrics import Metrics
 
 WAIT_SHARE = 0.01  # of the SLA that a request may wait for a permit: enough for an order by priority
@@ -37,7 +38,8 @@ class Gate:
         self.phase = Phase.STARTING
         self.inflight = 0
         self.coming = 0  # found room, and will ask for a permit in a moment
-        self.waiting: list[tuple[str, asyncio.Future[None]]] = []  # its priority; the oldest first
+        # With its priority; the highest first, and of one priority the oldest.
+        self.waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._is_idle = asyncio.Event()
         metrics.inflight.set_function(lambda: self.inflight)
         metrics.quality.set_function(lambda: self.quality.now(time.monotonic()))
@@ -49,15 +51,12 @@ class Gate:
 
         Everybody queues, and is let in at once if there is room.
         """
-        if self.phase is not Phase.SERVING:
-            raise CapacityError(f"the service is {self.phase.value}")
+        require(self.phase is Phase.SERVING, f"the service is {self.phase.value}", CapacityError)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append((priority, turn))
+        insort(self.waiting, (priority, turn), key=lambda waiter: -PRIORITY_SHARE[waiter[0]])
         self._let_in()
         if len(self.waiting) > max(1.0, QUEUE_SHARE * self.admission.permits):
-            # Of the lowest priority, who came last.
-            _, last = min(reversed(self.waiting), key=lambda waiter: PRIORITY_SHARE[waiter[0]])
-            last.cancel()
+            self.waiting[-1][1].cancel()
         try:
             if not turn.done():
                 await asyncio.wait([turn], timeout=WAIT_SHARE * self.sla_s)
@@ -94,13 +93,10 @@ class Gate:
         self.quality.finished(now, is_in_time=latency_s + extra_s <= AIM * self.sla_s)
 
     def _let_in(self) -> None:
-        """Give permits that are free to those who wait: the highest priority first, then the oldest."""
+        """Give permits that are free to those who wait, in their order."""
         self.waiting = [waiter for waiter in self.waiting if not waiter[1].done()]  # without those who gave up
-        while self.waiting:
-            priority, turn = first = max(self.waiting, key=lambda waiter: PRIORITY_SHARE[waiter[0]])
-            if not self._may_enter(priority, self.inflight):
-                break
-            self.waiting.remove(first)
+        while self.waiting and self._may_enter(self.waiting[0][0], self.inflight):
+            _, turn = self.waiting.pop(0)
             self.inflight += 1
             turn.set_result(None)
         if not self.inflight:

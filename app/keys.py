@@ -27,13 +27,11 @@ def require_key(keys: Keys | None, authorization: str | None, right: str) -> Non
     if keys is None:
         return
     scheme, _, key = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not key:
-        raise NotAuthenticated("send a key: Authorization: Bearer KEY")
+    require(scheme.lower() == "bearer" and key != "", "send a key: Authorization: Bearer KEY", NotAuthenticated)
     # Comparing digests of what was sent leaks nothing about the keys by its timing.
-    held = keys.get(hashlib.sha256(key.strip().encode()).hexdigest())
-    if held is None:
-        raise NotAuthenticated("the key is not known")
-    require(right in held, f"the key lacks the right {right!r}", NotAllowed)
+    digest = hashlib.sha256(key.strip().encode()).hexdigest()
+    require(digest in keys, "the key is not known", NotAuthenticated)
+    require(right in keys[digest], f"the key lacks the right {right!r}", NotAllowed)
 
 
 def read_keys(file: Path | None) -> Keys | None:

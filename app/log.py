@@ -55,9 +55,7 @@ def start(level: str) -> logging.handlers.QueueListener:
     output = logging.StreamHandler(sys.stdout)
     output.setFormatter(Line())
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    root = logging.getLogger()
-    root.handlers = [_Lossy(lines)]
-    root.setLevel(level.upper())
+    logging.basicConfig(handlers=[_Lossy(lines)], level=level.upper(), force=True)
     # What no line shows isn't looked for either (the library's own advice on speed).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -90,10 +90,14 @@ class Histogram:
 
 
 class Metrics:
-    """One registry. Units are in the names; see the table in `__init__`."""
+    """One registry. Units are in the names; see the table in `__init__`.
 
-    def __init__(self, sla_s: float) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
+    held: the generations by role, with their workers; they are read at every scrape.
+    """
+
+    def __init__(self, sla_s: float, held: "Mapping[str, Serving]") -> None:
+        self.registry, self.held = prometheus_client.CollectorRegistry(), held
+        self.registry.register(self)
         add, sla, arms = self._add, tuple(round(sla_s * share, 9) for share in SLA_SHARES), (NO_ARM,)
         count = self._histogram
         self.requests = add(Counter, "requests", "Ranking requests by outcome.", outcome=OUTCOMES)
@@ -101,9 +105,7 @@ class Metrics:
         seconds = count("stage_seconds", "Wall time of a stage.", SECONDS, stage=LABELS)
         n = count("stage_candidates", "Candidates by edge.", COUNTS, stage=LABELS, edge=EDGES)
         score = count("score", "First scores shown, by who made them.", SCORES, stage=RANKED, arm=arms)
-        self.shard_seconds = count(
-            "shard_seconds", "Of a shard, or of a whole request, in the model.", SECONDS
-        ).labels()
+        self.shard_seconds = count("shard_seconds", "Of a shard, or a whole request, in the model.", SECONDS).labels()
         self.shards = add(Counter, "shards", "Shards, and whole requests, by outcome.", outcome=SHARD_OUTCOMES)
         self.rows = add(Counter, "rows", "Rows' worth of work sent to workers: first, hedges, resends.", work=WORK)
         self.lost = add(Counter, "degradations", "Departures from the full funnel.", stage=RANKED, reason=ALL_REASONS)
@@ -156,11 +158,6 @@ class Metrics:
         if seconds:
             self.shard_seconds.observe(seconds)
 
-    def watch(self, held: "Mapping[str, Serving]") -> None:
-        """Read workers and generations (by role) at every scrape."""
-        self.held = held
-        self.registry.register(self)
-
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type."""
         return prometheus_client.generate_latest(self.registry), prometheus_client.CONTENT_TYPE_LATEST
@@ -172,10 +169,9 @@ class Metrics:
         cpu = CounterMetricFamily("winnow_worker_cpu_seconds", "CPU time of a worker.", labels=["worker"])
         for worker, pid in pool.pids().items() if pool else ():
             with suppress(OSError, IndexError):  # it has just ended
-                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-                rss.add_metric([str(worker)], pages * PAGE)
-                user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-                cpu.add_metric([str(worker)], (int(user) + int(system)) / TICKS)
+                said = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                rss.add_metric([str(worker)], int(said[21]) * PAGE)
+                cpu.add_metric([str(worker)], (int(said[11]) + int(said[12])) / TICKS)
         workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
             workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)

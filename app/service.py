@@ -8,8 +8,6 @@ permit; one that leaves is closed when its last request has ended.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,10 +49,9 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keys = read_keys(settings.api_keys_file)
-        self.metrics = Metrics(settings.sla_ms / 1e3)
-        self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
         self.held: dict[str, Serving] = {}  # by role: serving, previous, candidate
-        self.metrics.watch(self.held)
+        self.metrics = Metrics(settings.sla_ms / 1e3, self.held)
+        self.gate = Gate(settings.max_inflight, settings.sla_ms / 1e3, self.metrics)
         # The last bundle that was offered: path, state (loading, ready, failed), error.
         self.loading: dict[str, str | None] = {}
         self.activates = False  # what is being loaded, when it is ready
@@ -88,7 +85,8 @@ class Service:
         costs = await asyncio.to_thread(measured, generation, is_yielding=is_yielding)
         given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, costs)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
-        funnel = Funnel(generation, pool, given.reserve_s, costs, runner=pool)
+        funnel = Funnel(generation, pool, given.reserve_s, runner=pool)
+        funnel.retrieval.cost, funnel.preranking.cost = costs
         await pool.start(is_yielding=is_yielding)
         return Serving(generation, funnel, pool, time.monotonic())
 
@@ -102,11 +100,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self.tasks, *(s.pool.close() for s in self.held.values()), return_exceptions=True)
         log.info("stopped")
-
-    @property
-    def is_ready(self) -> bool:
-        """Warm, at least one worker alive, not draining."""
-        return self.gate.phase is Phase.SERVING and bool(self.serving and self.serving.pool.n_workers)
 
     # ----------------------------------------------------------------------------------- generations
 
@@ -161,17 +154,6 @@ class Service:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    @contextmanager
-    def _pinned(self) -> Iterator[Serving]:
-        """The generation that serves now, held until the end of the block."""
-        serving = self.held["serving"]
-        serving.inflight += 1
-        try:
-            yield serving
-        finally:
-            serving.inflight -= 1
-            self._close_if_left(serving)
-
     # -------------------------------------------------------------------------------------- requests
 
     async def rank(
@@ -186,7 +168,9 @@ class Service:
         """
         received_at, complete_at = arrived
         async with self.gate.permit(request.priority):
-            with self._pinned() as serving:
+            serving = self.held["serving"]
+            serving.inflight += 1  # pins it to the end of this request, whatever serves meanwhile
+            try:
                 timeout_s = self.gate.sla_s if request.timeout_ms is None else request.timeout_ms / 1e3
                 deadline = Deadline(received_at, timeout_s)  # made once, here
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
@@ -201,6 +185,9 @@ class Service:
                 self.gate.expects(serving.funnel.seconds(FLOOR))
                 self.metrics.ranked(told)
                 return told, {"queue": took_s - worked_s, "users": worked_s - sum(stages.values())} | stages
+            finally:
+                serving.inflight -= 1
+                self._close_if_left(serving)
 
 
 async def _prove_apart(path: Path) -> None:

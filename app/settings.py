@@ -7,9 +7,10 @@ manifest instead, and what the wire format allows at most is in `Limits`, since 
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class SettingsError(ValueError):
@@ -32,17 +33,15 @@ class Limits:
     TIMEOUT_MS = 10_000
 
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
 def tunable(default: Any, why: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with its reason and its range (inclusive)."""
-    return field(default=default, metadata={"why": why, "low": low, "high": high})
+    return Field(default, description=why, ge=low, le=high)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(BaseModel):
     """What one process runs with. Seconds inside; milliseconds only where the name says so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: Path = tunable(Path("bundle"), "directory of the bundle to serve")
     host: str = tunable("127.0.0.1", "address of the ranking port; beyond loopback only with API keys")
@@ -61,18 +60,14 @@ class Settings:
     # Stands in for an accelerator in load tests.
     paced_row_ms: float = tunable(0.0, "a row takes a worker at least this long, waiting", low=0, high=1e3)
     api_keys_file: Path | None = tunable(None, "SHA-256 digests of API keys with their rights")
-    log_level: str = tunable("info", "what is said at least: " + ", ".join(LOG_LEVELS))
+    log_level: Literal["debug", "info", "warning", "error"] = tunable("info", "what is said at least")
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not low <= value <= high:
-                raise SettingsError(f"WINNOW_{f.name.upper()}={value}: allowed is {low:g} to {high:g}")
-        if self.log_level not in LOG_LEVELS:
-            raise SettingsError(f"WINNOW_LOG_LEVEL={self.log_level}: allowed is {', '.join(LOG_LEVELS)}")
+    @model_validator(mode="after")
+    def _is_closed_or_has_keys(self) -> "Settings":
         for name in () if self.api_keys_file else ("host", "admin_host"):
             if not is_loopback(at := getattr(self, name)):
-                raise SettingsError(f"WINNOW_{name.upper()}={at}: without WINNOW_API_KEYS_FILE only loopback will do")
+                raise ValueError(f"WINNOW_{name.upper()}={at}: without WINNOW_API_KEYS_FILE only loopback will do")
+        return self
 
 
 def is_loopback(host: str) -> bool:
@@ -83,18 +78,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def from_environment(environ: Mapping[str, str] | None = None) -> Settings:
+def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from WINNOW_* variables. Raises SettingsError that names the variable."""
-    environ = os.environ if environ is None else environ
-    known = {f"WINNOW_{f.name.upper()}": f for f in fields(Settings)}
-    chosen: dict[str, Any] = {}
-    for name in sorted(n for n in environ if n.startswith("WINNOW_")):
-        if name not in known:
-            raise SettingsError(f"{name}: no such setting; allowed are {', '.join(known)}")
-        kind = known[name].type
-        parse = kind if kind in (int, float, str) else Path
-        try:
-            chosen[known[name].name] = parse(environ[name])
-        except ValueError as e:
-            raise SettingsError(f"{name}={environ[name]!r}: allowed is {parse.__name__}") from e
-    return Settings(**chosen)
+    known = {f"WINNOW_{name.upper()}": name for name in Settings.model_fields}
+    sent = {known.get(name, name): value for name, value in environ.items() if name.startswith("WINNOW_")}
+    try:
+        return Settings.model_validate_strings(sent)
+    except ValidationError as e:
+        first = e.errors()[0]
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"{first['loc'][0]}: no such setting; allowed are {', '.join(known)}") from e
+        where = "".join(f"WINNOW_{str(part).upper()}={first['input']!r}: " for part in first["loc"])
+        raise SettingsError(where + first["msg"].removeprefix("Value error, ")) from e

@@ -25,7 +25,6 @@ from app.workers.process import yield_to_everybody
 
 TOLERANCE = 1e-4  # of a score; other CPUs add in another order, and reach 1e-6 on scores near 1
 UNHURRIED_S = 600.0
-MEASURED_TWICE = 2
 YIELDED = 3.0  # times what a measurement took, to others
 
 
@@ -38,7 +37,8 @@ def offline_query(request: dict[str, Any], generation: Generation) -> Query:
 async def rank_offline(funnel: Funnel, query: Query) -> Ranking:
     """The whole funnel with all the time it wants."""
     deadline = Deadline(time.monotonic(), UNHURRIED_S)
-    return (await funnel.finish(await funnel.narrow(lambda is_late: query, deadline))).ranking
+    _, ranking = await funnel.finish(*await funnel.narrow(lambda is_late: query, deadline))
+    return ranking
 
 
 def measured(generation: Generation, *, is_yielding: bool = False) -> tuple[Cost, Cost]:
@@ -59,7 +59,7 @@ def measured(generation: Generation, *, is_yielding: bool = False) -> tuple[Cost
     widths = (max(1, width // 4), width)
     queries = [offline_query(golden.request, generation) for golden in generation.manifest.golden]
     queries = [query for query in queries if query.candidates is None]
-    for _ in range(MEASURED_TWICE) if queries else ():  # the first round warms up
+    for _ in ("to warm up", "to measure") if queries else ():
         searches = {n: [timed(funnel.retrieval.search, q, n) for q in queries] for n in widths}
         wide = [(q, found) for q, (_, found) in zip(queries, searches[width], strict=True)]
         scorings = {n: [timed(funnel.preranking.score, q, f, min(n, len(f))) for q, f in wide] for n in widths}

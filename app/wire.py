@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from app import users
 from app.bundle import NO_ROW, Generation
-from app.errors import FieldError, InvalidRequest, MalformedBody, shown
+from app.errors import FieldError, InvalidRequest, MalformedBody, require, shown
 from app.flow import LABELS, Array, Arrays, Filter, Query, Ranking, Rows, Stage, Told, sealed
 from app.settings import Limits
 
@@ -27,18 +27,17 @@ MANY_ERRORS = 1_000  # beyond them none is named
 SCORES_TOLD = 3  # of an answer, to be counted: its head is what moves when a model goes wrong
 LARGE_BODY = 4_096  # bytes, some hundreds of ids: what is longer takes over a millisecond and goes to a thread
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=Limits.ID_LENGTH)]
 Id = int | Text
 # Long lists end at their first wrong value (`fail_fast`): to describe ten thousand would take 0.1 s.
-FeatureValue = Number | Text | Annotated[list[Number], Field(max_length=Limits.FEATURE_LENGTH, fail_fast=True)]
+FeatureValue = float | Text | Annotated[list[float], Field(max_length=Limits.FEATURE_LENGTH, fail_fast=True)]
 Features = Annotated[dict[Text, FeatureValue], Field(max_length=Limits.FEATURES)]
 
 
 class Wire(BaseModel):
-    """Unknown fields are refused, and so are numbers in strings."""
+    """Unknown fields are refused, and so are numbers in strings, NaN and Infinity."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class UserPart(Wire):
@@ -55,17 +54,16 @@ class FilterPart(Wire):
     model_config = ConfigDict(json_schema_extra={"minProperties": 2})
 
     field: Text
-    eq: Number | Text | None = None
-    one_of: list[Number | Text] | None = Field(None, alias="in", max_length=Limits.FILTER_VALUES, fail_fast=True)
-    gte: Number | None = None
-    lte: Number | None = None
+    eq: float | Text | None = None
+    one_of: list[float | Text] | None = Field(None, alias="in", max_length=Limits.FILTER_VALUES, fail_fast=True)
+    gte: float | None = None
+    lte: float | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "FilterPart":
         if self.eq is None and self.one_of is None and self.gte is None and self.lte is None:
             raise ValueError("one of eq, in, gte, lte is needed")
-        if self.eq is not None and self.one_of is not None:
-            raise ValueError("eq or in, not both")
+        require(self.eq is None or self.one_of is None, "eq or in, not both", ValueError)
         return self
 
 
@@ -86,7 +84,7 @@ class RankRequest(Wire):
     query: Features = Field(default_factory=dict, description="Features of what was asked for.")
     context: Features = Field(default_factory=dict, description="Features of the moment.")
     k: int | None = Field(None, ge=1, le=Limits.K, description="Items wanted; the bundle's k if absent.")
-    timeout_ms: float | None = Field(None, ge=1, le=Limits.TIMEOUT_MS, allow_inf_nan=False)
+    timeout_ms: float | None = Field(None, ge=1, le=Limits.TIMEOUT_MS)
     rerank_count: int | None = Field(None, ge=1, le=Limits.CANDIDATES, description="Width of re-ranking.")
     filters: list[FilterPart] = Field(default_factory=list, max_length=Limits.FILTERS)
     exclude: list[Id] = Field(default_factory=list, max_length=Limits.EXCLUDE, fail_fast=True)
@@ -145,7 +143,7 @@ class RankResponse(Wire):
 
 def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     """The answer, written but for what it took: only the process that has the connection knows that."""
-    fine, lost = ranking.report(Stage.RERANKING), ranking.degradations
+    fine, lost = ranking.reports[Stage.RERANKING], ranking.degradations
     scores, stages = [s if math.isfinite(s) else None for s in ranking.scores.tolist()], ranking.stages.tolist()
     columns = zip(generation.ids.external(ranking.rows), scores, stages, ranking.propensities.tolist(), strict=True)
     body = {
@@ -162,8 +160,8 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     logged = {"generation": ranking.generation, "is_known": query.person.is_known, "k": query.k, "n": len(ranking)}
     logged |= {"history": len(query.person.history), "wanted": fine.wanted, "reranked": fine.done}
     logged["degraded"] = [f"{d.stage.label}: {d.reason}" for d in lost]
-    kinds = query.is_strict, query.candidates is None
-    return Told(orjson.dumps(body)[:-1], ranking.reports, lost, first, ranking.extra_s, *kinds, logged)
+    is_searched = query.candidates is None
+    return Told(orjson.dumps(body)[:-1], ranking.reports, lost, first, ranking.extra_s, is_searched, logged)
 
 
 def finished(answer: Told, took_ms: dict[str, float]) -> bytes:
@@ -249,7 +247,6 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
         candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,
-        is_strict=request.strict,
         ignored={"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
     )
 

@@ -30,15 +30,12 @@ def most_in_time(sla_s: float, floor_s: float) -> float:
 
 @dataclass(slots=True)
 class Admission:
-    """An adaptive concurrency limit. most: permits there are at all; sla_s: seconds."""
+    """An adaptive concurrency limit. most: permits there are at all; sla_s: seconds; limit: none until one is slow."""
 
     most: float
     sla_s: float
-    limit: float = 0.0
+    limit: float = float("inf")
     backed_off_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.limit = self.limit or self.most
 
     @property
     def permits(self) -> float:

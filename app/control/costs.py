@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.flow import Outcome, StageReport
+
 QUANTILE = 0.8  # of the time that work takes: a width chosen by the median would be late every other time
 STEP = 0.05  # of one observation, in log seconds: 14 slow ones in a row double the estimate
 LARGEST = math.log(1e3)  # of the scale either way; a clock that jumps moves it no further
@@ -49,6 +51,14 @@ class Cost:
         """
         moved = self.log_scale + STEP * (QUANTILE if seconds > self.seconds(n) else QUANTILE - 1)
         self.log_scale = min(LARGEST, max(-LARGEST, moved))
+
+    def learn(self, report: StageReport, way_s: float = 0.0) -> None:
+        """A stage of a search in the catalogue is over, and took `way_s` besides: observed where it did all it was to.
+
+        A filter that leaves few makes the search find fewer than it looked for.
+        """
+        if report.done >= report.wanted or report.outcome is Outcome.PARTIAL:
+            self.observe(report.done, report.seconds + way_s)
 
 
 def fitted(narrow: tuple[int, float], wide: tuple[int, float]) -> Cost:

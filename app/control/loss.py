@@ -20,10 +20,9 @@ def expected_loss(table: LossTable, scope: RequestScope, fine: Scored) -> float 
 
     fine: in the order in which re-ranking received it, which is what the bands are cut from.
     """
-    reports = {report.stage: report for report in scope.reports}
-    retrieval, wanted = reports[Stage.RETRIEVAL], reports[Stage.RERANKING].wanted
+    retrieval, wanted = scope.reports[Stage.RETRIEVAL], scope.reports[Stage.RERANKING].wanted
     missing = missing_shares(table.edges, ~fine.is_fresh[:wanted]).tolist()
-    preranked = _share(reports[Stage.PRERANKING])
+    preranked = _share(scope.reports[Stage.PRERANKING])
     if retrieval.outcome in (Outcome.LATE, Outcome.FAILED):
         loss = at_share(table.popular, preranked, missing)
     else:  # fewer than wanted is no loss where there are no more

@@ -4,8 +4,6 @@ It owns the arithmetic of the linear model, not that of the features (features.p
 (`Scored.top` in funnel.py).
 """
 
-import time
-
 import numpy as np
 
 from app.bundle import Generation
@@ -29,10 +27,7 @@ class Preranking:
 
     async def run(self, scope: RequestScope, query: Query, given: Candidates, until: float) -> Scored:
         """The arithmetic, for the `scope.width` nearest."""
-        started = time.monotonic()
-        scored = self.score(query, given, scope.width)
-        self.cost.observe(scope.width, time.monotonic() - started)
-        return scored
+        return self.score(query, given, scope.width)
 
     def score(self, query: Query, candidates: Candidates, width: int | None = None) -> Scored:
         """A score for each candidate, in the candidates' order; beyond `width` the retrieval score stands for it."""

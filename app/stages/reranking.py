@@ -14,7 +14,7 @@ import numpy as np
 
 from app.bundle import Generation
 from app.control.carrying import to_request_scale
-from app.errors import StageFailed
+from app.errors import StageFailed, require
 from app.flow import Positions, Query, RequestScope, Scored, Scores, Stage, sealed
 from app.workers.scoring import Answer, Shard, ShardScorer
 
@@ -36,10 +36,9 @@ class Reranking:
     async def run(self, scope: RequestScope, query: Query, given: Scored, until: float) -> Scored:
         """Score the `scope.width` best; what isn't back by the instant `until` (seconds, monotonic) is carried."""
         n, n_workers = scope.width, self.scorer.n_workers
-        if n and not n_workers:
-            raise StageFailed("no worker is alive")
         if not n:
             return self.substitute(scope, query, given)
+        require(n_workers > 0, "no worker is alive", StageFailed)
         scores, scored_by = np.zeros_like(given.scores), given.scored_by.copy()
         scope.shards = max(1, min(n_workers, n // MIN_SHARD))
 
@@ -59,7 +58,11 @@ class Reranking:
         finally:
             for answer in answers:
                 answer.cancel()
-        scope.shards_ok = sum(map(is_scored, answers))
+        errors = [answer.exception() for answer in answers if not answer.cancelled()]
+        for error in errors:
+            if error and not isinstance(error, StageFailed):  # no fault of a worker: it can't be carried over
+                raise error
+        scope.shards_ok = errors.count(None)
         is_fresh = scored_by == self.stage
         if not is_fresh.all():
             scores = np.where(is_fresh, scores, to_request_scale(self._carried(given), scores, is_fresh))
@@ -73,13 +76,3 @@ class Reranking:
         calibration = self.generation.manifest.calibration
         knots = calibration.preranking if coarse.stage is Stage.PRERANKING else calibration.retrieval
         return knots(coarse.scores)
-
-
-def is_scored(answer: Answer) -> bool:
-    """The shard came back in time and whole. Raises whatever is no fault of a worker: it can't be carried over."""
-    if answer.cancelled():
-        return False
-    error = answer.exception()
-    if error and not isinstance(error, StageFailed):
-        raise error
-    return error is None

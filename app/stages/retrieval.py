@@ -5,20 +5,32 @@ where few rows match a filter, or the index kind can't select, the matching rows
 are always exact inner products with the stored embeddings, whatever the index approximates.
 """
 
-import time
 from functools import reduce
 from operator import and_
 from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from app.bundle import NO_ROW, Generation, run_model
 from app.control.costs import Cost
 from app.errors import StageFailed
 from app.features import request_inputs
-from app.flow import F32, Candidates, Filter, Mask, Origin, Query, RequestScope, Rows, Scores, Stage, best_first, sealed
+from app.flow import (
+    F32,
+    Array,
+    Candidates,
+    Filter,
+    Mask,
+    Origin,
+    Query,
+    RequestScope,
+    Rows,
+    Scores,
+    Stage,
+    best_first,
+    sealed,
+)
 
 # Up to so many matching rows are searched exactly: 20,000 × 64 take about 5 ms, and a selective search in
 # a graph or an inverted file finds too few of them.
@@ -43,11 +55,7 @@ class Retrieval:
 
     async def run(self, scope: RequestScope, query: Query, given: None, until: float) -> Candidates:
         """The search, `scope.width` wide; it can't be stopped half-way."""
-        started = time.monotonic()
-        found = self.search(query, scope.width)
-        if query.candidates is None:
-            self.cost.observe(scope.width, time.monotonic() - started)
-        return found
+        return self.search(query, scope.width)
 
     def search(self, query: Query, width: int) -> Candidates:
         """Candidates, the nearest first. Raises StageFailed if tower or index fail."""
@@ -124,10 +132,7 @@ class Retrieval:
 
     def _search_exactly(self, rows: Rows, user: F32, width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)
-        if len(rows) > 2 * width:  # else to sort all is faster
-            at = np.argpartition(-scores, width - 1)[:width]
-            rows, scores = rows[at], scores[at]
-        order = best_first(scores, rows)[:width]
+        order = best_first(scores, rows, width)[:width]
         return rows[order], scores[order]
 
     def _inner_products(self, rows: Rows, user: F32) -> Scores:
@@ -140,14 +145,14 @@ class Retrieval:
     # --------------------------------------------------------------------------- what may be found
 
     def _excluded(self, query: Query) -> Rows:
-        if not self.generation.manifest.funnel.exclude_history:
+        """Rows that must not be found, sorted. A caller's candidate may be in the history."""
+        if query.candidates is not None or not self.generation.manifest.funnel.exclude_history:
             return query.exclude
         return np.sort(np.concatenate([query.exclude, query.person.history]))
 
     def _is_allowed(self, query: Query, rows: Rows) -> Mask:
-        """bool[len(rows)]: what filters and exclusions leave. A caller's candidate may be in the history."""
-        excluded = query.exclude if query.candidates is not None else self._excluded(query)
-        return is_other(rows, excluded) & self._matching(query.filters, rows)
+        """bool[len(rows)]: what filters and exclusions leave."""
+        return is_other(rows, self._excluded(query)) & self._matching(query.filters, rows)
 
     def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> Mask:
         """Whether each of these rows satisfies every filter, of which there may be none."""
@@ -163,7 +168,7 @@ def is_other(rows: Rows, excluded: Rows) -> Mask:
     return np.asarray(excluded[np.searchsorted(excluded, rows) % len(excluded)] != rows)
 
 
-def matches(condition: Filter, values: NDArray[Any]) -> Mask:
+def matches(condition: Filter, values: Array) -> Mask:
     """bool[n]: whether any of a row's values satisfies the condition; the -1 that pads a row is no value.
 
     Numbers are compared in the table's own type: 0.1 is what a float32 table holds where 0.1 was stored.

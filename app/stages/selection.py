@@ -20,7 +20,6 @@ def select(scope: RequestScope, query: Query, fine: Scored) -> Ranking:
         propensities=sealed(np.ones(len(best), np.float64)),
         generation=scope.generation,
         degradations=tuple(scope.degradations),
-        reports=tuple(scope.reports),
         empty_reason=None if len(best) else _why_empty(scope, query),
     )
 
@@ -28,6 +27,6 @@ def select(scope: RequestScope, query: Query, fine: Scored) -> Ranking:
 def _why_empty(scope: RequestScope, query: Query) -> str:
     if query.candidates is not None:
         return "none of the candidates is known and left by filters and exclusions"
-    if any(r.stage is Stage.RETRIEVAL and r.outcome in (Outcome.LATE, Outcome.FAILED) for r in scope.reports):
+    if scope.reports[Stage.RETRIEVAL].outcome in (Outcome.LATE, Outcome.FAILED):
         return "retrieval fell back on popular items, and filters and exclusions leave none of them"
     return "no item satisfies the filters and is not excluded" if query.filters else "every item is excluded"

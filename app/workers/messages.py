@@ -2,8 +2,7 @@
 
     to a worker     RANK (a request: Asked), SHARD (a Shard and the seconds left);
                     on a socket of their own STOP (a job), PING
-    from a worker   READY (seconds a row), RANKED (Told), REFUSED (what is wrong with the request), SCORES (a Slice),
-                    FAILED (why), BROKEN (a trace), PONG
+    from a worker   READY (seconds a row), RANKED (Told), SCORES (a Slice), FAILED (the exception that ended it), PONG
 
 A frame is a header, little-endian with the format version first, and what is said, pickled: both ends are forked from
 one process, and no one else has the sockets. What has a time carries the *remaining* seconds, never an instant: clocks
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from app.control.deadline import Deadline
 from app.flow import Sent
 
-FORMAT = 5
+FORMAT = 6
 # Seconds that an answer is on its way, and that an item of it takes to be written: 0.9 µs hot (2026-11), colder twice.
 WAY_BACK_S, ITEM_S = 2e-3, 2e-6
 # format version, kind, unused, payload bytes, generation, job
@@ -30,21 +29,18 @@ class Kind(IntEnum):
     READY = 1
     SHARD = 2
     SCORES = 3
-    FAILED = 4  # a fault, or told to stop: the rest of the shard is carried
-    BROKEN = 5  # a defect of ours: the request is a 500
-    STOP = 6
-    PING = 7
-    PONG = 8
-    RANK = 9
-    RANKED = 10
-    REFUSED = 11
+    FAILED = 4  # a fault, or told to stop: the rest is carried; a wrong request; a defect of ours: the request is a 500
+    STOP = 5
+    PING = 6
+    PONG = 7
+    RANK = 8
+    RANKED = 9
 
 
 class Frame(NamedTuple):
-    """A header that was read: what follows it and which job it is about."""
+    """A header that was read: what is said, by or to which generation, and about which job."""
 
     kind: Kind
-    length: int
     generation: int
     job: int
 
@@ -74,19 +70,16 @@ def frame(kind: Kind, generation: int, job: int, said: object = None) -> bytes:
     return HEADER.pack(FORMAT, kind, 0, len(payload), generation, job) + payload
 
 
-def read_header(header: bytes | bytearray) -> Frame:
-    """Raises ValueError for another format version or an unknown kind."""
-    version, kind, _, length, generation, job = HEADER.unpack(header)
-    if version != FORMAT:
-        raise ValueError(f"message format {version}, expected {FORMAT}")
-    return Frame(Kind(kind), length, generation, job)
-
-
 def read_frames(held: bytearray) -> Iterator[tuple[Frame, Any]]:
-    """The whole frames at the head of what was received so far, with what they say; they are taken out of it."""
+    """The whole frames at the head of what was received so far, with what they say; they are taken out of it.
+
+    Raises ValueError for another format version or an unknown kind.
+    """
     while len(held) >= HEADER.size:
-        head = read_header(held[: HEADER.size])
-        end = HEADER.size + head.length
+        version, kind, _, length, generation, job = HEADER.unpack_from(held)
+        if version != FORMAT:
+            raise ValueError(f"message format {version}, expected {FORMAT}")
+        head, end = Frame(Kind(kind), generation, job), HEADER.size + length
         if len(held) < end:
             break
         payload = bytes(held[HEADER.size : end])

@@ -11,7 +11,6 @@ of what the stages do. It is over 250 lines because both lives, a job's and a wo
 """
 
 import asyncio
-import itertools
 import logging
 import socket
 import time
@@ -27,7 +26,7 @@ from app.bundle import Generation
 from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
-from app.errors import ContractError, InvalidRequest, ServerError, StageFailed
+from app.errors import InvalidRequest, ServerError, StageFailed, require
 from app.flow import Outcome, Sent, Stage, Told
 from app.metrics import Metrics
 from app.workers.messages import WAY_BACK_S, Asked, Frame, Kind, frame, generation_number, read_frames
@@ -80,7 +79,8 @@ class _Job:
 class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
-    offset: the first row that it was given of its job. since: when. owes: what it must answer within so many looks.
+    run: counts its jobs; by it they are told apart on its sockets. offset: the first row that it was given of its job.
+    since: when. owes: what it must answer within so many looks.
     state: alive, starting, or backing_off (waiting to be started again).
     row_s: what a row took it lately; one that isn't used is slowly forgiven.
     """
@@ -117,7 +117,6 @@ class WorkerPool:
         self.workers = [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
         self.late: deque[_Job] = deque()  # jobs to be hedged as soon as a worker is idle
-        self.runs = itertools.count(1)
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
         self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
@@ -168,7 +167,7 @@ class WorkerPool:
         def says(done: int) -> object:
             return shard.part(done) if done else shard, shard.until - time.monotonic()
 
-        return self._take(Kind.SHARD, len(shard.candidates), shard.until, says, deliver)
+        return self._take(Kind.SHARD, len(shard.candidates), shard.until, says, deliver).answer
 
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
@@ -182,34 +181,19 @@ class WorkerPool:
             left_s = deadline.started_at + deadline.timeout_s - time.monotonic()
             return Asked(sent, left_s, deadline.timeout_s, quality)
 
-        answer = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
-        hurry = asyncio.get_running_loop().call_later(
-            deadline.limit(1.0, time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s),
-            self._hurry,
-            answer,
-        )
+        job = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
+        in_s = deadline.limit(1.0, time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
+        hurry = asyncio.get_running_loop().call_later(in_s, self._stop, job)
         try:
-            told: Told = await answer
+            told: Told = await job.answer
         finally:
             hurry.cancel()
-        for cost, report, way_s in zip(
-            (*self.given.costs, self.cost), told.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False
-        ):
-            # A filter that leaves few makes the search find fewer than it looked for.
-            is_whole = report.done >= report.wanted or report.outcome is Outcome.PARTIAL
-            if told.is_searched and is_whole:
-                cost.observe(report.done, report.seconds + way_s)
+        costs = zip((*self.given.costs, self.cost), told.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False)
+        for cost, report, way_s in costs if told.is_searched else ():
+            cost.learn(report, way_s)
         return told
 
-    def _hurry(self, answer: "asyncio.Future[Any]") -> None:
-        """Whoever works on this request is told to send what there is."""
-        for worker in self.workers:
-            if worker.job and worker.job.answer is answer:
-                self._ask(worker, Kind.STOP, SEARCHING)
-
-    def _take(
-        self, kind: Kind, n: int, until: float, says: Callable[[int], object], deliver: Deliver
-    ) -> "asyncio.Future[Any]":
+    def _take(self, kind: Kind, n: int, until: float, says: Callable[[int], object], deliver: Deliver) -> _Job:
         loop = asyncio.get_running_loop()
         job = _Job(kind, n, until, says, deliver, loop.create_future())
         self.backlog += n
@@ -218,7 +202,7 @@ class WorkerPool:
             loop.call_at(until, self._is_overdue, job)
         self.queue.append(job)
         self._hand_out()
-        return job.answer
+        return job
 
     def _is_overdue(self, job: _Job) -> None:
         if job in self.queue:
@@ -249,7 +233,7 @@ class WorkerPool:
                 self._send(idle.pop(0), job, "hedge")
 
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
-        worker.job, worker.run, worker.offset, worker.since = job, next(self.runs), job.done, time.monotonic()
+        worker.job, worker.run, worker.offset, worker.since = job, worker.run + 1, job.done, time.monotonic()
         job.sent.append(work)
         self.metrics.rows.labels(work).inc(job.n_left)
         if work == "first":
@@ -294,10 +278,14 @@ class WorkerPool:
             job.answer.set_exception(why)
 
     def _ended(self, job: _Job) -> None:
-        """The job is done, failed or given up: whoever still works on it stops."""
+        """The job is done, failed or given up."""
         self.backlog -= job.n_left
         if job.answer.cancelled():
             self.metrics.shard("late" if job.sent else "expired", job.seconds)
+        self._stop(job)
+
+    def _stop(self, job: _Job) -> None:
+        """Whoever works on it stops; of a request, sends what there is."""
         for worker in self._who_has(job):
             self._ask(worker, Kind.STOP, SILENT if job.kind is Kind.SHARD else SEARCHING)
 
@@ -345,8 +333,7 @@ class WorkerPool:
 
     def _begin(self, worker: _Worker, answer: Frame, said: Any) -> None:
         """Its first answer: it is ready, or says why not. Raises ServerError."""
-        if answer.kind is not Kind.READY:
-            raise ServerError(said)
+        require(answer.kind is Kind.READY, str(said), ServerError)
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
         if not self.started.done():
@@ -373,12 +360,8 @@ class WorkerPool:
                 return
         elif answer.kind is Kind.RANKED:
             self._ranked(worker, worker.job, said)
-        elif answer.kind is Kind.REFUSED:
-            self._fail(worker.job, InvalidRequest(*said), "ok")
-        elif answer.kind is Kind.BROKEN:
-            self._fail(worker.job, ContractError(f"in a worker: {said}"))
-        elif self._who_has(worker.job) == [worker]:  # else another still works on it
-            self._fail(worker.job, StageFailed(said))
+        elif not isinstance(said, StageFailed) or self._who_has(worker.job) == [worker]:  # else another works on it
+            self._fail(worker.job, said, "ok" if isinstance(said, InvalidRequest) else "failed")
         self._release(worker)
 
     def _release(self, worker: _Worker) -> None:

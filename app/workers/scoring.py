@@ -73,10 +73,9 @@ class ShardModel:
         given = request_inputs(self.inputs, self.tables, person, user)
         return given | run_graph(self.once, given, options) if self.once else given
 
-    def score(self, shard: Shard, request: Arrays | None = None, options: ort.RunOptions | None = None) -> Scores:
+    def score(self, shard: Shard, request: Arrays, options: ort.RunOptions) -> Scores:
         """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
         given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
-        request = request or self.request_inputs(shard.person, shard.candidates.user_embedding, options)
         scores = run_model(self.session, {**request, **item_inputs(self.inputs, given)}, options)
         if scores.size != len(shard.candidates):
             raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")

@@ -22,11 +22,10 @@ from typing import Any
 from app import wire
 from app.bundle import load
 from app.control.costs import Cost
-from app.control.deadline import Deadline
-from app.errors import InvalidRequest, ServerError, StageFailed
+from app.errors import ContractError, InvalidRequest, ServerError, StageFailed, require
 from app.flow import Stage, Told
-from app.funnel import Funnel, outcome_of
-from app.warmup import UNHURRIED_S, offline_query
+from app.funnel import Funnel, offline_funnel, outcome_of
+from app.warmup import UNHURRIED_S, offline_query, rank_offline
 from app.workers.messages import Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.process import yield_to_everybody
 from app.workers.scoring import InProcess, Run, ShardModel
@@ -67,27 +66,27 @@ def work(sockets: Sockets, bundle: Path, digest: str, given: Given, is_yielding:
 def prepare(sockets: Sockets, bundle: Path, digest: str, given: Given) -> "Worker":
     """The worker on these sockets, warm. What keeps it from working is told to the parent, then raised."""
     try:
-        worker = Worker(sockets, bundle, digest, given)
-        worker.warm_up()
+        return Worker(sockets, bundle, digest, given)
     except ServerError as e:
         with sockets[0] as connection:
-            connection.sendall(frame(Kind.FAILED, generation_number(digest), 0, str(e)))
+            connection.sendall(frame(Kind.FAILED, generation_number(digest), 0, e))
         raise
-    return worker
 
 
 class Worker:
-    """Does what comes over a socket, with a bundle that its parent has verified."""
+    """Does what comes over a socket, with a bundle that its parent has verified; made warm."""
 
     def __init__(self, sockets: Sockets, bundle: Path, digest: str, given: Given) -> None:
         self.connection, self.control = sockets
-        self.own, self.paced_row_s = generation_number(digest), given.paced_row_s
+        self.own = generation_number(digest)
         self.generation = load(bundle, digest, is_verified=True)
-        self.scorer = InProcess(ShardModel(self.generation))
-        self.funnel = Funnel(self.generation, self.scorer, given.reserve_s, given.costs)
+        self.scorer = InProcess(ShardModel(self.generation), given.paced_row_s)
+        self.funnel = Funnel(self.generation, self.scorer, given.reserve_s)
+        self.funnel.retrieval.cost, self.funnel.preranking.cost = given.costs
         self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
         self.is_left = False  # the parent is gone
         self.sending = threading.Lock()
+        self._warm_up()
 
     def serve(self) -> None:
         """Answer until the other end closes."""
@@ -100,18 +99,13 @@ class Worker:
                     self.scorer.run.stop()
                 self._answer(asked, said)
 
-    def warm_up(self) -> None:
+    def _warm_up(self) -> None:
         """Run what the bundle was proved on, twice: memory maps, the runtime's plans, what a row takes."""
-        took, costs = [], (self.funnel.retrieval.cost, self.funnel.preranking.cost)
-        scales = [cost.log_scale for cost in costs]
+        funnel, took = offline_funnel(self.generation), []
         for golden in 2 * self.generation.manifest.golden:
-            query, deadline = offline_query(golden.request, self.generation), Deadline(time.monotonic(), UNHURRIED_S)
-            narrowed = outcome_of(partial(self.funnel.narrow, lambda is_late, q=query: q, deadline))
-            report = outcome_of(partial(self.funnel.finish, narrowed)).ranking.report(Stage.RERANKING)
+            query = offline_query(golden.request, self.generation)
+            report = outcome_of(partial(rank_offline, funnel, query)).reports[Stage.RERANKING]
             took.append(report.seconds / report.done if report.done else UNHURRIED_S)
-        for cost, scale in zip(costs, scales, strict=True):
-            cost.log_scale = scale
-        self.scorer.paced_row_s = self.paced_row_s
         self.scorer.row_s = min(took)  # in the others this process made way for another
         self.scorer.cost = Cost(FIXED_S, max(self.scorer.row_s, self.scorer.paced_row_s))
 
@@ -119,22 +113,19 @@ class Worker:
 
     def _answer(self, asked: Frame, said: Any) -> None:
         try:
-            if asked.generation != self.own:
-                raise StageFailed("another generation than this worker's")
+            require(asked.generation == self.own, "another generation than this worker's", StageFailed)
             if asked.kind is Kind.RANK:
                 self._send(Kind.RANKED, asked.job, self._ranked(said))
             else:
                 shard, left_s = said
                 for scored in self.scorer.slices(replace(shard, until=time.monotonic() + left_s)):
                     self._send(Kind.SCORES, asked.job, scored)
-        except InvalidRequest as e:
-            self._send(Kind.REFUSED, asked.job, e.errors)
-        except StageFailed as e:
-            self._send(Kind.FAILED, asked.job, "stopped" if self.scorer.run.is_stopped.is_set() else str(e))
+        except (InvalidRequest, StageFailed) as e:  # the second also where it was told to stop
+            self._send(Kind.FAILED, asked.job, e)
         except ConnectionError:
             raise
         except Exception:  # a defect must reach the request's log, and must not cost the worker
-            self._send(Kind.BROKEN, asked.job, traceback.format_exc())
+            self._send(Kind.FAILED, asked.job, ContractError(f"in a worker: {traceback.format_exc()}"))
 
     def _ranked(self, asked: Asked) -> Told:
         """Raises InvalidRequest."""
@@ -143,7 +134,7 @@ class Worker:
         deadline = asked.deadline(started, parsed.k or self.generation.manifest.funnel.k)
         resolve = partial(wire.to_query, parsed, asked.sent.request_id, self.generation)
         narrowed = outcome_of(partial(self.funnel.narrow, resolve, deadline, asked.quality))
-        query, ranking = outcome_of(partial(self.funnel.finish, narrowed))
+        query, ranking = outcome_of(partial(self.funnel.finish, *narrowed))
         return wire.told(query, ranking, self.generation)._replace(seconds=time.monotonic() - started)
 
     # ------------------------------------------------------------------------------------- the sockets

@@ -52,7 +52,7 @@ class Scorer:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool(generation):
-    pool = WorkerPool(generation, 2, Metrics(1.0))
+    pool = WorkerPool(generation, 2, Metrics(1.0, {}))
     await pool.start()
     yield pool
     await pool.close()

@@ -16,7 +16,7 @@ MOST, SLA_S = 256, 1_000.0  # so long that nobody's wait ends by itself
 @pytest.fixture
 def gate() -> Gate:
     """Serving, at the floor of quality and full for everybody: 8 permits."""
-    gate = Gate(MOST, SLA_S, Metrics(SLA_S))
+    gate = Gate(MOST, SLA_S, Metrics(SLA_S, {}))
     gate.phase = Phase.SERVING
     gate.quality = Quality(FLOOR, at=math.inf)  # time alone doesn't lift it
     gate.admission.limit = 8.0

@@ -169,15 +169,25 @@ async def test_switches_under_traffic_fail_nobody_and_mix_nothing(service, admin
 
 
 async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(service, admin, other, bundle):
-    first = service.serving
+    first, is_asked, may_answer = service.serving, asyncio.Event(), asyncio.Event()
     (pid,) = first.pool.pids().values()
-    with service._pinned() as pinned:
-        assert pinned is first
-        for path in (other, bundle):  # the first one leaves when the third comes
-            await offer(admin, path)
-            await loaded(service)
-        assert first not in service.held.values()
-        assert first.pool.n_workers == 1
+    whole = first.funnel.rank
+
+    async def held_up(*given):
+        is_asked.set()
+        await may_answer.wait()
+        return await whole(*given)
+
+    first.funnel.rank = held_up
+    answer = asyncio.create_task(rank(create_app(service), PATIENT))
+    await is_asked.wait()
+    for path in (other, bundle):  # the first one leaves when the third comes
+        await offer(admin, path)
+        await loaded(service)
+    assert first not in service.held.values()
+    assert first.pool.n_workers == 1
+    may_answer.set()
+    assert (await answer).json()["generation"].startswith("tiny@1#")
     await asyncio.gather(*(t for t in service.tasks if t.get_name() == "close"))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

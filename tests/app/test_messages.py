@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from app.errors import FieldError
+from app.errors import FieldError, InvalidRequest
 from app.flow import Sent
-from app.workers.messages import FORMAT, HEADER, Asked, Kind, frame, generation_number, read_frames, read_header
+from app.workers.messages import FORMAT, HEADER, Asked, Frame, Kind, frame, generation_number, read_frames
 from app.workers.scoring import Slice
 
 NUMBERS = st.integers(0, 2**64 - 1)
@@ -31,7 +31,8 @@ def test_a_slice_comes_back_as_it_was(seconds, start, scores, is_last):
 
 def test_what_is_wrong_with_a_request_comes_back_field_by_field():
     errors = (FieldError("k", 0, "1 or more"), FieldError("filters.0.in", None, "a number"))
-    assert read_back(errors) == errors
+    read = read_back(InvalidRequest(*errors))
+    assert (type(read), read.errors, str(read)) == (InvalidRequest, errors, "k: 1 or more; filters.0.in: a number")
 
 
 @given(st.floats(-1, 1e4), st.floats(1e-3, 10), st.floats(0, 1e6), st.integers(1, 1_000))
@@ -45,10 +46,8 @@ def test_the_time_left_crosses_and_no_instant_and_what_follows_is_taken_off(left
 @given(st.sampled_from(Kind), NUMBERS, NUMBERS, st.none() | st.binary(max_size=40))
 def test_a_header_says_what_follows_and_for_whom(kind, generation, job, said):
     sent = frame(kind, generation, job, said)
-    read = read_header(sent[: HEADER.size])
-    assert (read.kind, read.generation, read.job) == (kind, generation, job)
-    assert len(sent) == HEADER.size + read.length
-    assert (read.length == 0) == (said is None)
+    assert list(read_frames(bytearray(sent))) == [(Frame(kind, generation, job), said)]
+    assert (len(sent) == HEADER.size) == (said is None)
 
 
 @given(st.lists(st.none() | st.text(max_size=20), max_size=5), st.integers(1, 60))
@@ -64,14 +63,14 @@ def test_frames_are_read_whole_however_they_arrive(said, at_once):
 
 def test_another_format_version_is_refused():
     sent = frame(Kind.READY, 1, 2)
-    other = bytes([FORMAT + 1]) + sent[1:]
+    other = bytearray([FORMAT + 1]) + sent[1:]
     with pytest.raises(ValueError, match=f"message format {FORMAT + 1}, expected {FORMAT}"):
-        read_header(other[: HEADER.size])
+        list(read_frames(other))
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="99"):
-        read_header(HEADER.pack(FORMAT, 99, 0, 0, 0, 0))
+        list(read_frames(bytearray(HEADER.pack(FORMAT, 99, 0, 0, 0, 0))))
 
 
 def test_headers_are_little_endian_whatever_the_machine():

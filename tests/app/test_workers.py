@@ -20,8 +20,7 @@ from app.flow import Degradation, Outcome, Sent, Stage, Told
 from app.funnel import Funnel, offline_funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
-from app.workers.messages import FORMAT, Kind
-from app.workers.messages import read_header as real_header
+from app.workers.messages import FORMAT, Kind, read_frames
 from app.workers.pool import WorkerPool
 from app.workers.scoring import Shard
 from app.workers.worker import Given
@@ -114,7 +113,7 @@ async def test_the_ranking_is_the_same_for_1_2_and_4_workers_as_in_process(
     alone = await rank_offline(funnel, query)
     for n, pool in pools.items():
         ranking = await rank_offline(Funnel(generation, pool), query)
-        report = ranking.report(Stage.RERANKING)
+        report = ranking.reports[Stage.RERANKING]
         assert report.shards == report.shards_ok == max(1, min(n, report.wanted // 4))
         assert ranking.degradations == ()
         assert ranking.rows.tolist() == alone.rows.tolist()
@@ -201,7 +200,7 @@ async def test_the_shard_of_a_dying_worker_is_scored_by_its_successor(generation
     await pool.asked.wait()
     os.kill(pool.pids()[0], signal.SIGKILL)
     ranking = await ranking
-    report = ranking.report(Stage.RERANKING)
+    report = ranking.reports[Stage.RERANKING]
     assert (report.wanted, report.done, report.outcome) == (32, 32, Outcome.OK)
     assert ranking.rows.tolist() == [21, 22, 23, 24, 25]
     assert (pool.outcomes["lost"], pool.sent["resend"], pool.sent["hedge"]) == (1, 32, 0)
@@ -234,7 +233,7 @@ async def test_a_spare_takes_over_at_once(generation, small_shards):
     ranking = asyncio.create_task(rank_offline(Funnel(generation, pool), person(2, generation)))
     await pool.asked.wait()
     os.kill(pool.pids()[1], signal.SIGKILL)
-    assert (await ranking).report(Stage.RERANKING).done == 32
+    assert (await ranking).reports[Stage.RERANKING].done == 32
     assert pool.n_workers == 2
     await replaced(pool)
     await pool.close()
@@ -246,7 +245,7 @@ async def test_a_worker_that_hangs_is_late_then_killed_and_replaced(generation):
     funnel, pid = Funnel(generation, pool), pool.pids()[0]
     os.kill(pid, signal.SIGSTOP)
     late = await world.rank_by(Deadline(time.monotonic(), 0.5), funnel, person(0, generation))
-    assert late.report(Stage.RERANKING).outcome is Outcome.LATE
+    assert late.reports[Stage.RERANKING].outcome is Outcome.LATE
     assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in late.degradations
     assert len(late) == world.K
     await asyncio.wait_for(pool.restarted.wait(), 60)  # nobody wakes it
@@ -355,7 +354,7 @@ async def test_an_answer_in_another_format_ends_the_worker_and_another_takes_its
     first = pool.pids()[0]
     shard = shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)
     with monkeypatch.context() as patch:
-        patch.setattr("app.workers.messages.read_header", lambda h: real_header(bytes([FORMAT + 1]) + h[1:]))
+        patch.setattr("app.workers.pool.read_frames", lambda held: read_frames(bytearray([FORMAT + 1]) + held[1:]))
         scored = asyncio.create_task(pool.score(shard))
         await asyncio.wait_for(pool.restarted.wait(), 60)
     assert np.isfinite(await scored).all()

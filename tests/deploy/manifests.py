@@ -3,7 +3,6 @@
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 from app.settings import Settings
@@ -12,7 +11,7 @@ from app.workers.pool import CLOSE_S
 ROOT = Path(__file__).parent.parent.parent
 VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 BIN = Path(sys.executable).parent  # of the venv: the linters' commands are there
-SETTINGS = {f"WINNOW_{f.name.upper()}": f for f in fields(Settings)}
+SETTINGS = {f"WINNOW_{name.upper()}": field for name, field in Settings.model_fields.items()}
 ENDS_S = 2.0 + CLOSE_S  # of a stop, besides draining and lingering: connections end (app/main.py), workers end
 
 

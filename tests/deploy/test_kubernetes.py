@@ -123,7 +123,7 @@ def test_only_prometheus_reaches_the_admin_port_and_nothing_goes_out():
 def test_the_autoscaler_reads_what_the_adapter_makes_of_what_the_service_exposes():
     read = {m["pods"]["metric"]["name"] for m in MANIFESTS["autoscaler"]["spec"]["metrics"] if m["type"] == "Pods"}
     assert read == {rule["name"]["as"] for rule in ADAPTER}
-    exposed = set(re.findall(r"^(winnow_\w+)", Metrics(0.1).render()[0].decode(), re.MULTILINE))
+    exposed = set(re.findall(r"^(winnow_\w+)", Metrics(0.1, {}).render()[0].decode(), re.MULTILINE))
     queried = {
         name for rule in ADAPTER for name in re.findall(r"winnow_\w+", rule["seriesQuery"] + rule["metricsQuery"])
     }

@@ -93,7 +93,7 @@ def test_a_cut_that_would_change_scores_is_refused(
 
 async def test_workers_rank_with_a_cut_bundle(bundle: Path, cut_bundle: Path) -> None:
     whole, parts = load(bundle), load(cut_bundle)
-    pool = WorkerPool(parts, 1, Metrics(0.1))
+    pool = WorkerPool(parts, 1, Metrics(0.1, {}))
     await pool.start()
     try:
         funnel = Funnel(parts, pool, runner=pool)
