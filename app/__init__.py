@@ -14,6 +14,7 @@ To change                                   open
   a feature                                   features.py
   what a manifest says, files verified        manifest.py
   what a bundle holds, what is refused        bundle.py, binding.py
+  items that come and go while it serves      live.py
   what is known of a person                   users.py
   the wire: fields, limits                    wire.py
   routes, statuses, keys                      api.py, keys.py

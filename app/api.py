@@ -77,6 +77,11 @@ def admin_routes(service: Service) -> APIRouter:
         service.offer(Path(asked.path), activate=asked.activate)
         return {}
 
+    @router.post("/admin/items")
+    async def change_items(request: Request) -> dict[str, Any]:
+        sent = await _body(request)
+        return await service.change_items(await asyncio.to_thread(wire.parse, sent, wire.ItemsRequest))
+
     @router.post("/admin/rollback", status_code=HTTPStatus.ACCEPTED)
     async def roll_back() -> dict[str, Any]:
         service.switch_to("previous")
@@ -88,6 +93,7 @@ def admin_routes(service: Service) -> APIRouter:
 def _of_serving(held: Serving) -> dict[str, Any]:
     manifest = held.generation.manifest
     lives = {"digest": held.generation.digest, "age_s": round(time.monotonic() - held.loaded_at, 1)}
+    lives["epoch"] = held.generation.live.epoch
     works = {"inflight": held.inflight, "workers": held.pool.pids()}
     holds = {"items": manifest.retrievers[0].n, "retriever": manifest.retrievers[0], "path": str(held.generation.path)}
     shown = {"name", "version", "created", "funnel", "offline_metrics"}

@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +21,13 @@ from typing import Annotated
 import faiss
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from app.binding import check_graph, check_names, sample
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
-from app.flow import F32, Array, Arrays, Rows, sealed
+from app.flow import F32, Array, Arrays, Mask, Rows, sealed
 from app.manifest import INDEX_CLASSES, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
@@ -40,33 +41,43 @@ faiss.omp_set_num_threads(1)  # one request, one core: parallelism is over reque
 
 
 class Ids:
-    """External ids by row, and rows by external id (binary search in a stored order)."""
+    """External ids by row, and rows by external id (binary search in a stored order).
+
+    n: rows that are used, of which `order` has those that were loaded. moved: where ids went since, NO_ROW if away.
+    """
 
     def __init__(self, ids: Array, order: Array) -> None:
-        self.ids, self.order = ids, order
+        self.ids, self.order, self.n = ids, order, len(order)
+        self.loaded, self.moved = ids[: self.n], dict[Id, int]()
         self.is_text = ids.dtype.kind == "U"
         limits = None if self.is_text else np.iinfo(ids.dtype)
         self.low, self.high = (int(limits.min), int(limits.max)) if limits else (0, 0)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.n
+
+    def fits(self, wanted: Sequence[Id]) -> Mask:
+        """bool[len(wanted)]: whether the table's type can hold them; ten thousand take a millisecond."""
+        if self.is_text:  # numpy drops trailing NULs from text
+            width = self.ids.dtype.itemsize // 4
+            return np.array([isinstance(w, str) and len(w) <= width and "\0" not in w for w in wanted], np.bool_)
+        # A bool is an int, and no id.
+        return np.array([type(w) is int and self.low <= w <= self.high for w in wanted], np.bool_)
 
     def rows(self, wanted: Sequence[Id]) -> Rows:
         """i64[len(wanted)]; -1 for an id that isn't here (another type, too large, unknown)."""
         if not wanted:
             return np.empty(0, np.int64)
-        # Whether the table's type can hold them: ten thousand take a millisecond.
-        if self.is_text:  # numpy drops trailing NULs from text
-            width = self.ids.dtype.itemsize // 4
-            fits = np.array([isinstance(w, str) and len(w) <= width and "\0" not in w for w in wanted], np.bool_)
-        else:  # a bool is an int, and no id
-            fits = np.array([type(w) is int and self.low <= w <= self.high for w in wanted], np.bool_)
+        fits = self.fits(wanted)
         blank: Id = "" if self.is_text else 0
         known = wanted if fits.all() else [w if fit else blank for w, fit in zip(wanted, fits, strict=True)]
         keys = np.array(known, self.ids.dtype)  # in the table's own type: for another, all ids would be converted
-        at = np.minimum(np.searchsorted(self.ids, keys, sorter=self.order), len(self.ids) - 1)
+        at = np.minimum(np.searchsorted(self.loaded, keys, sorter=self.order), len(self.loaded) - 1)
         rows = np.asarray(self.order[at], np.int64)
-        return np.where((self.ids[rows] == keys) & fits, rows, NO_ROW)
+        found = np.where((self.loaded[rows] == keys) & fits, rows, NO_ROW)
+        for i, one in enumerate(wanted) if self.moved else ():
+            found[i] = self.moved.get(one, found[i]) if fits[i] else NO_ROW
+        return found
 
     def external(self, rows: Rows) -> list[Id]:
         """The external ids of these rows."""
@@ -91,6 +102,26 @@ class PreRanker:
     bias: np.float32
 
 
+@dataclass(slots=True)
+class Live:
+    """What the catalogue became since it was loaded (live.py makes the changes).
+
+    n_loaded: rows that the index has. n: rows that are used. rooms: what can be written behind each item table, [room,
+    ...]. bits: of rows, packed, 1 for those that may be found. has_lost: not all that the index has may be.
+    """
+
+    n_loaded: int = 0
+    n: int = 0
+    rooms: Mapping[str, Array] = field(default_factory=dict)
+    bits: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    has_lost: bool = False
+    epoch: int = 0
+
+    def keeps(self, rows: Rows) -> Mask:
+        """bool[len(rows)]: those that may be found."""
+        return (self.bits[rows >> 3] >> (rows & 7) & 1).astype(np.bool_) if self.epoch else np.ones(len(rows), np.bool_)
+
+
 @dataclass(frozen=True)
 class Generation:
     """A verified bundle in memory. digest: SHA-256 of manifest.json, which holds that of every file."""
@@ -108,6 +139,7 @@ class Generation:
     re_ranker: ort.InferenceSession
     pre_ranker: PreRanker
     once: ort.InferenceSession | None = None  # makes some inputs of the re-ranker, once a request
+    live: Live = field(default_factory=Live)
 
     @property
     def name(self) -> str:

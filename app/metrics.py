@@ -177,7 +177,9 @@ class Metrics:
             workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)
         info = GaugeMetricFamily("winnow_generation_info", "Generations held.", labels=["role", "digest"])
         age = GaugeMetricFamily("winnow_generation_age_seconds", "Since it was loaded.", labels=["role"])
+        epoch = GaugeMetricFamily("winnow_generation_epoch", "Items added and removed since.", labels=["role"])
         for role, one in self.held.items():
             info.add_metric([role, one.generation.digest[:12]], 1)
             age.add_metric([role], time.monotonic() - one.loaded_at)
-        return rss, cpu, workers, info, age
+            epoch.add_metric([role], one.generation.live.epoch)
+        return rss, cpu, workers, info, age, epoch

@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from app import wire
+from app import live, wire
 from app.bundle import Generation, load
 from app.control.deadline import Deadline
 from app.control.quality import FLOOR
@@ -56,6 +57,7 @@ class Service:
         self.loading: dict[str, str | None] = {}
         self.activates = False  # what is being loaded, when it is ready
         self.tasks: set[asyncio.Task[None]] = set()  # loading, and closing what left
+        self.changing = asyncio.Lock()  # one change of the items after the other
 
     @property
     def serving(self) -> Serving | None:
@@ -82,9 +84,13 @@ class Service:
     async def _open(self, generation: Generation) -> Serving:
         """Workers and funnel for a verified generation, warm. Raises ServerError."""
         s, is_yielding = self.settings, self.serving is not None
+        generation = live.changeable(generation, s.live_room)
         costs = await asyncio.to_thread(measured, generation, is_yielding=is_yielding)
-        given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, costs)
+        changes = await asyncio.to_thread(self._journal(generation).read)
+        await asyncio.to_thread(live.replay, generation, changes)
+        given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
+        pool.changes.extend(changes)
         funnel = Funnel(generation, pool, given.reserve_s, runner=pool)
         funnel.retrieval.cost, funnel.preranking.cost = costs
         await pool.start(is_yielding=is_yielding)
@@ -139,6 +145,28 @@ class Service:
         self._hold("previous", served)
         self.gate.expects(self.held["serving"].funnel.seconds(FLOOR))
         log.info("serving %s", self.held["serving"].generation.name)
+
+    async def change_items(self, asked: wire.ItemsRequest) -> dict[str, Any]:
+        """Add and remove items of the generation that serves: on disk, then for every request that comes after.
+
+        Raises: InvalidRequest, Conflict; CapacityError when it can't be kept.
+        """
+        require(self.gate.phase is Phase.SERVING, f"the service is {self.gate.phase.value}", CapacityError)
+        async with self.changing:
+            serving, line = self.held["serving"], asked.model_dump_json().encode()
+            generation, journal = serving.generation, self._journal(serving.generation)
+            change = await asyncio.to_thread(live.checked, generation, asked)
+            try:
+                await asyncio.to_thread(journal.add, line)
+            except OSError as e:
+                raise CapacityError(f"the change can't be kept: {e}") from e
+            counts = live.apply(generation, change)
+            serving.pool.change(line)
+        return {"generation": generation.name, "is_kept": journal.file is not None} | counts
+
+    def _journal(self, generation: Generation) -> live.Journal:
+        folder = self.settings.live_journal
+        return live.Journal(folder / f"{generation.digest}.jsonl" if folder else None)
 
     def _hold(self, role: str, what: Serving) -> None:
         """Give a role to a generation; who had it leaves."""

@@ -31,6 +31,8 @@ class Limits:
     FEATURE_LENGTH = 4_096  # numbers in one list-valued feature
     ID_LENGTH = 256
     TIMEOUT_MS = 10_000
+    ADDED = 100  # items at once: they hold up each worker for 7 ms
+    REMOVED = 10_000
 
 
 def tunable(default: Any, why: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -57,6 +59,8 @@ class Settings(BaseModel):
     drain_s: float = tunable(10.0, "how long a stop waits for requests in flight", low=0, high=600)
     # So that clients close their idle connections themselves.
     linger_s: float = tunable(0.5, "how long a stop goes on answering 503", low=0, high=60)
+    live_room: int = tunable(10_000, "items that can be added while a generation serves", low=0, high=1_000_000)
+    live_journal: Path | None = tunable(None, "directory that keeps additions and removals over a restart")
     # Stands in for an accelerator in load tests.
     paced_row_ms: float = tunable(0.0, "a row takes a worker at least this long, waiting", low=0, high=1e3)
     api_keys_file: Path | None = tunable(None, "SHA-256 digests of API keys with their rights")

@@ -102,7 +102,29 @@ class OfferRequest(Wire):
     activate: bool = Field(True, description="Let it serve as soon as it is warm.")
 
 
-Asks = TypeVar("Asks", RankRequest, OfferRequest)
+class NewItem(Wire):
+    """An item with a value for each table that the bundle has."""
+
+    id: Id
+    embedding: list[float] = Field(max_length=Limits.FEATURE_LENGTH, fail_fast=True)
+    tables: dict[Text, FeatureValue | list[float | Text]] = Field(default_factory=dict, description="By name.")
+
+
+class ItemsRequest(Wire):
+    """Items to add to the catalogue that serves, or to put in the place of those with their ids; and ids to remove."""
+
+    add: list[NewItem] = Field(default_factory=list, max_length=Limits.ADDED)
+    remove: list[Id] = Field(default_factory=list, max_length=Limits.REMOVED, fail_fast=True)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "ItemsRequest":
+        ids = [*self.remove, *(item.id for item in self.add)]
+        if len(set(ids)) < len(ids):
+            raise ValueError("each id once, in add or in remove")
+        return self
+
+
+Asks = TypeVar("Asks", RankRequest, OfferRequest, ItemsRequest)
 
 # ------------------------------------------------------------------------------------------- answers
 
@@ -132,6 +154,7 @@ class RankResponse(Wire):
 
     request_id: str
     generation: str
+    epoch: int = Field(description="Items added to and removed from the generation since it was loaded.")
     items: list[ItemPart]
     empty_reason: str | None = Field(description="Why there is no item; null when there is one.")
     coverage: CoveragePart
@@ -149,6 +172,7 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     body = {
         "request_id": query.request_id,
         "generation": ranking.generation,
+        "epoch": generation.live.epoch,
         "items": [{"id": i, "score": score, "stage": LABELS[stage], "propensity": p} for i, score, stage, p in columns],
         "empty_reason": ranking.empty_reason,
         "coverage": {"wanted": fine.wanted, "reranked": fine.done, "shards_ok": fine.shards_ok, "shards": fine.shards},
@@ -157,7 +181,13 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
         "ignored": dict(query.ignored),
     }
     first = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
-    logged = {"generation": ranking.generation, "is_known": query.person.is_known, "k": query.k, "n": len(ranking)}
+    logged = {
+        "generation": ranking.generation,
+        "epoch": generation.live.epoch,
+        "is_known": query.person.is_known,
+        "k": query.k,
+        "n": len(ranking),
+    }
     logged |= {"history": len(query.person.history), "wanted": fine.wanted, "reranked": fine.done}
     logged["degraded"] = [f"{d.stage.label}: {d.reason}" for d in lost]
     is_searched = query.candidates is None
@@ -205,7 +235,12 @@ def _field_errors(errors: Sequence[Any], sent: Any, schema: type[Wire]) -> list[
 def _allowed(path: tuple[int | str, ...], error: Any, schema: type[Wire]) -> str:
     if error["type"] != "extra_forbidden":
         return str(error["msg"]).removeprefix("Value error, ")
-    parts: dict[Any, type[Wire]] = {"user": UserPart, "filters": FilterPart, "candidates": CandidatePart}
+    parts: dict[Any, type[Wire]] = {
+        "user": UserPart,
+        "filters": FilterPart,
+        "candidates": CandidatePart,
+        "add": NewItem,
+    }
     fields = parts.get(path[0] if len(path) > 1 else None, schema).model_fields
     return f"no such field; allowed: {', '.join(field.alias or name for name, field in fields.items())}"
 

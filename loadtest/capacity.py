@@ -60,6 +60,7 @@ def find(
     before: Callable[[], None] = lambda: None,
     bars: Bars = Bars(),
     start: float = FIRST_GUESS,
+    growth: float = search.GROWTH,
 ) -> float:
     """Requests a second, to a relative `within`. `attack` sends at such instants; `before` is called before each run.
 
@@ -78,7 +79,7 @@ def find(
         say(f"  {rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms, coverage {covered(seen):.3f}{narrow}: {holding}")
         return is_held
 
-    rate = search.highest_rate(holds, start, within=within)
+    rate = search.highest_rate(holds, start, within=within, growth=growth)
     if not rate:
         raise RuntimeError(f"no rate has p99 <= {bars.p99_s * 1e3:g} ms at the whole width")
     say(f"  capacity: {rate:.0f} a second")

@@ -8,16 +8,23 @@ from collections.abc import Callable
 import numpy as np
 
 GROWTH = 1.5  # of the rate, until it doesn't hold
+NEARBY = 1.15  # the same where the start is the outcome of another search
 MOST_RUNS = 40
 TRIES = 2  # at a rate, before it fails
 
 
 def highest_rate(
-    holds: Callable[[float], bool], start: float, *, within: float = 0.05, tries: int = TRIES, least: float = 2
+    holds: Callable[[float], bool],
+    start: float,
+    *,
+    within: float = 0.05,
+    tries: int = TRIES,
+    least: float = 2,
+    growth: float = GROWTH,
 ) -> float:
     """The highest rate a second that holds, to a relative `within`; 0 if none from `least` up does.
 
-    From `start` up (or down) by half until one holds and one doesn't, then bisection between them, in ratio. A rate
+    From `start` up (or down) by `growth` until one holds and one doesn't, then bisection between them, in ratio. A rate
     fails only when it fails `tries` times: a busy neighbour must not end the search.
     """
     runs = 0
@@ -34,12 +41,12 @@ def highest_rate(
 
     low = high = start
     if holds_once(start):
-        while holds_once(high := high * GROWTH):
+        while holds_once(high := high * growth):
             low = high
     else:
-        while not holds_once(low := low / GROWTH):
+        while not holds_once(low := low / growth):
             high = low
-            if low / GROWTH < least:
+            if low / growth < least:
                 return 0.0
     while high / low > 1 + within:
         middle = float(np.sqrt(low * high))

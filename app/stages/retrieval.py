@@ -1,7 +1,8 @@
 """Retrieval: the person's embedding, then the items nearest to it by inner product.
 
 It owns the user tower and the index, and it alone adds candidates. Filters and exclusions hold inside the search:
-where few rows match a filter, or the index kind can't select, the matching rows are searched exactly. Scores
+where few rows match a filter, or the index kind can't select, the matching rows are searched exactly. So are items that
+were added since the index was made; what was removed since is left out of it. Scores
 are always exact inner products with the stored embeddings, whatever the index approximates.
 """
 
@@ -96,7 +97,9 @@ class Retrieval:
     def _search(self, query: Query, user: F32, width: int) -> tuple[Rows, Scores]:
         excluded = self._excluded(query)
         if query.filters:
-            eligible = self._matching(query.filters, slice(None))
+            eligible = self._matching(query.filters, slice(self.generation.n_items))
+            if self.generation.live.epoch:
+                eligible &= self.generation.live.keeps(np.arange(len(eligible)))
             eligible[excluded] = False
             if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
                 found = self._search_index(user, width, eligible)
@@ -108,19 +111,36 @@ class Retrieval:
         return rows[is_allowed][:width], scores[is_allowed][:width]
 
     def _search_index(self, user: F32, width: int, eligible: Mask | None) -> tuple[Rows, Scores]:
-        n_fetched = min(self.generation.n_items, int(width * self.retriever.overfetch))
-        selector = None if eligible is None else faiss.IDSelectorBitmap(np.packbits(eligible, bitorder="little"))
+        live, index = self.generation.live, self.generation.index
+        n_fetched = min(index.ntotal, int(width * self.retriever.overfetch))
+        bits = live.bits if live.has_lost else None
+        bits = bits if eligible is None else np.packbits(eligible, bitorder="little")
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
         try:
-            parameters = self._parameters(selector, n_fetched)
-            (scores,), (rows,) = self.generation.index.search(user[None], n_fetched, params=parameters)
+            (scores,), (rows,) = index.search(user[None], n_fetched, params=self._parameters(selector, n_fetched))
         except RuntimeError as e:
-            if selector is not None:  # this kind can't select: the exact search does it
+            if eligible is not None:  # this kind can't select: the exact search does it
                 return np.empty(0, np.int64), np.empty(0, np.float32)
-            raise StageFailed(f"index: {e}") from e
+            if selector is None:
+                raise StageFailed(f"index: {e}") from e
+            scores, rows = self._search_widely(user, n_fetched)
         rows, scores = rows[rows >= 0], scores[rows >= 0]
-        if self.retriever.kind in ("ivf_sq8", "ivf_pq"):
+        if live.n > live.n_loaded:
+            fresh = np.arange(live.n_loaded, live.n)
+            rows = np.append(rows, fresh[live.keeps(fresh) if eligible is None else eligible[fresh]])
+        if self.retriever.kind in ("ivf_sq8", "ivf_pq") or live.n > live.n_loaded:
             return self._search_exactly(rows, user, width)
         return rows[:width], scores[:width]
+
+    def _search_widely(self, user: F32, n: int) -> tuple[Scores, Rows]:
+        """Where the index can't leave out what was removed: ever wider, until so many are left, or it has no more."""
+        index, wide = self.generation.index, n
+        while True:
+            (scores,), (rows,) = index.search(user[None], wide, params=self._parameters(None, wide))
+            is_kept = (rows >= 0) & self.generation.live.keeps(np.maximum(rows, 0))
+            if np.count_nonzero(is_kept) >= n or wide == index.ntotal or rows[-1] < 0:
+                return scores[is_kept], rows[is_kept]
+            wide = min(2 * wide, index.ntotal)
 
     def _parameters(self, selector: Any, n_fetched: int) -> Any:
         search = self.retriever.search
@@ -152,7 +172,8 @@ class Retrieval:
 
     def _is_allowed(self, query: Query, rows: Rows) -> Mask:
         """bool[len(rows)]: what filters and exclusions leave."""
-        return is_other(rows, self._excluded(query)) & self._matching(query.filters, rows)
+        is_left = is_other(rows, self._excluded(query)) & self._matching(query.filters, rows)
+        return is_left & self.generation.live.keeps(rows)
 
     def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> Mask:
         """Whether each of these rows satisfies every filter, of which there may be none."""

@@ -35,6 +35,7 @@ class Kind(IntEnum):
     PONG = 7
     RANK = 8
     RANKED = 9
+    CHANGE = 10  # of the items: not answered
 
 
 class Frame(NamedTuple):

@@ -120,6 +120,7 @@ class WorkerPool:
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
         self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
+        self.changes = list[bytes]()  # of the items, which each worker makes before its first job
         self.tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -207,6 +208,12 @@ class WorkerPool:
     def _is_overdue(self, job: _Job) -> None:
         if job in self.queue:
             self._fail(job, StageFailed("nobody has begun"), "expired")
+
+    def change(self, change: bytes) -> None:
+        """Of the items: all jobs that are handed out from now on meet it."""
+        self.changes.append(change)
+        for worker in self.ready:
+            worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
 
     async def close(self) -> None:
         """End the workers: their sockets close, and who doesn't go is killed."""
@@ -336,6 +343,8 @@ class WorkerPool:
         require(answer.kind is Kind.READY, str(said), ServerError)
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
+        for change in self.changes:
+            worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
         if not self.started.done():
             self.cost = Cost(ROUND_TRIP_S, said)
             if len(self.ready) == len(self.workers):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import wire
+from app import live, wire
 from app.bundle import load
 from app.control.costs import Cost
 from app.errors import ContractError, InvalidRequest, ServerError, StageFailed, require
@@ -41,6 +41,7 @@ class Given:
 
     paced_row_s: float = 0.0
     reserve_s: float = 0.0
+    room: int = 0
     costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(1e-3, 1e-7), Cost(1e-3, 1e-7)))
 
 
@@ -79,7 +80,7 @@ class Worker:
     def __init__(self, sockets: Sockets, bundle: Path, digest: str, given: Given) -> None:
         self.connection, self.control = sockets
         self.own = generation_number(digest)
-        self.generation = load(bundle, digest, is_verified=True)
+        self.generation = live.changeable(load(bundle, digest, is_verified=True), given.room)
         self.scorer = InProcess(ShardModel(self.generation), given.paced_row_s)
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s)
         self.funnel.retrieval.cost, self.funnel.preranking.cost = given.costs
@@ -94,6 +95,9 @@ class Worker:
         with contextlib.suppress(ConnectionError):  # a parent that is gone is no fault of ours
             self._send(Kind.READY, 0, max(self.scorer.row_s, self.scorer.paced_row_s))
             for asked, said in received(self.connection):
+                if asked.kind is Kind.CHANGE:
+                    live.replay(self.generation, [said])
+                    continue
                 self.scorer.run, self.job = Run(), asked.job
                 if self.is_left or self.stopped == asked.job:  # the other socket was faster
                     self.scorer.run.stop()

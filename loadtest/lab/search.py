@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest import capacity
+from loadtest import capacity, search
 from loadtest.capacity import Bars
 from loadtest.lab import options, where
 from loadtest.lab.record import MOST_LATE_MS
@@ -83,6 +83,7 @@ def find(
     *,
     within: float = 0.05,
     start: float = capacity.FIRST_GUESS,
+    growth: float = search.GROWTH,
     kernels: BareLoop | None = None,
 ) -> Found:
     """One search over runs of so many seconds, to a relative `within`. Raises RuntimeError where no rate is held."""
@@ -107,7 +108,8 @@ def find(
         return seen
 
     server = target if target.admin else None
-    rate = capacity.find(server, attack, seconds, say, within=within, before=before, bars=bars, start=start)
+    how = {"within": within, "before": before, "bars": bars, "start": start, "growth": growth}
+    rate = capacity.find(server, attack, seconds, say, **how)
     best = max((a for a in attempts if a.is_held), key=lambda a: a.rate)
     return Found(rate, best.server_cpu_ms, statistics.median(kernel_ms) if kernel_ms else math.nan, attempts)
 
@@ -142,7 +144,7 @@ def add_arguments(search: argparse.ArgumentParser) -> None:
         default=MOST_LATE_MS,
         help="p99 of the generator's own lateness",
     )
-    held.add_argument("--seconds", type=number(0, 600, is_open=True), default=10.0, help="of each run (default 10)")
+    held.add_argument("--seconds", type=number(0, 600, is_open=True), default=20.0, help="of each run (default 20)")
     held.add_argument("--within", type=number(0.001, 1), default=0.02, help="relative, of the rate (default .02)")
     held.add_argument(
         "--start",
@@ -177,7 +179,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             asked = kernels.bodies if kernels else bodies
             for number in range(parsed.repeat):
                 say(f"search {number + 1} of {parsed.repeat}")
-                how = {"within": parsed.within, "start": found[-1].rate if found else parsed.start, "kernels": kernels}
+                how = {"within": parsed.within, "start": parsed.start, "kernels": kernels}
+                how |= {"start": found[-1].rate, "growth": search.NEARBY} if found else {}
                 found.append(find(target, asked, bars, parsed.seconds, say, **how))
     except RuntimeError as e:
         print(f"not measured: {e}", file=sys.stderr)

@@ -1,0 +1,376 @@
+"""Live items: added ones are ranked as if they had been packed, removed ones are gone, and no change is lost."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import faiss
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from app import live, wire
+from app.bundle import NO_ROW, Ids
+from app.errors import BundleError, Conflict, InvalidRequest, ServerError
+from app.funnel import offline_funnel
+from app.main import create_admin_app, create_app
+from app.service import Service
+from app.settings import Settings
+from app.stages.retrieval import Retrieval
+from tests import world
+from tests.app.test_filters import SEARCH, index_of
+from tests.asgi import call, rank
+from tests.running import running
+
+ROOM = 4
+N_RANDOM, RNG = 400, np.random.default_rng(3)
+EMBEDDING = RNG.normal(size=(N_RANDOM + 20, world.D)).astype(np.float32)
+
+
+def item(id_: int, row: int, **tables) -> dict:
+    """What is sent for an item that is as the tiny world's `row` is, but for these tables."""
+    as_row = {"year": float(world.YEAR[row]), "genres": world.GENRE[row].tolist(), "title": f"Item {row:02d}"}
+    return {"id": id_, "embedding": world.EMBEDDING[row].tolist(), "tables": as_row | tables}
+
+
+def change(generation, **asked) -> dict:
+    parsed = wire.parse(json.dumps(asked).encode(), wire.ItemsRequest)
+    return live.apply(generation, live.checked(generation, parsed))
+
+
+@pytest.fixture
+def catalogue(generation):
+    return live.changeable(generation, ROOM)
+
+
+async def answer(generation, unhurried, **asked) -> list:
+    query = wire.to_query(wire.parse(json.dumps(asked).encode(), wire.RankRequest), "x", generation)
+    return generation.ids.external((await world.rank_by(unhurried, offline_funnel(generation), query)).rows)
+
+
+# ------------------------------------------------------------------------------------ the catalogue
+
+
+def test_room_changes_nothing_of_what_is_there(generation, catalogue):
+    assert catalogue.n_items == world.N
+    assert catalogue.live.epoch == 0
+    for name, table in generation.tables.items():
+        assert np.array_equal(catalogue.tables[name][: world.N], table)
+        assert catalogue.tables[name].shape == (world.N + ROOM, *table.shape[1:])
+        with pytest.raises(ValueError, match="read-only"):
+            catalogue.tables[name][0] = table[1]
+
+
+def test_what_is_written_never_reaches_the_file(generation, catalogue):
+    before = (generation.path / "items/embedding.npy").read_bytes()
+    change(catalogue, add=[item(7, 3)])
+    assert (generation.path / "items/embedding.npy").read_bytes() == before
+    assert live.changeable(generation, ROOM).tables["embedding"][world.N].tolist() == [0.0] * world.D
+
+
+async def test_an_added_item_is_ranked_as_one_that_was_packed(catalogue, unhurried):
+    """The same embedding and tables as the person's favourite: it ties, and ties break by row."""
+    best, *others = await answer(catalogue, unhurried, user={"id": "cho"}, k=5)
+    row = world.ITEM_IDS.tolist().index(best)
+    counted = change(catalogue, add=[item(7, row)])
+    assert counted == {"epoch": 1, "added": 1, "removed": 0, "unknown": 0}
+    assert await answer(catalogue, unhurried, user={"id": "cho"}, k=5) == [best, 7, *others[:3]]
+    change(catalogue, add=[item(8, row, year=3000.0)])
+    fresh = {"freshness": 1}
+    assert (await answer(catalogue, unhurried, user={"id": "cho"}, query=fresh, k=1)) == [8]
+
+
+async def test_a_removed_item_is_found_nowhere(catalogue, unhurried):
+    first, second, *_ = await answer(catalogue, unhurried, user={"id": "cho"}, k=5)
+    assert change(catalogue, remove=[first, 424242]) == {"epoch": 1, "added": 0, "removed": 1, "unknown": 1}
+    assert (await answer(catalogue, unhurried, user={"id": "cho"}, k=5))[0] == second
+    assert first not in await answer(catalogue, unhurried, k=world.N)
+    low = [{"field": "year", "gte": 0}]
+    assert first not in await answer(catalogue, unhurried, k=world.N, filters=low)
+    assert await answer(catalogue, unhurried, candidates=[first, second]) == [second]
+    assert first not in catalogue.ids.external(
+        Retrieval(catalogue).substitute(scope_of(40), query(catalogue), None).rows
+    )
+
+
+def scope_of(width):
+    class Scope:
+        retrieve_width = width
+
+    return Scope
+
+
+def query(generation, **asked):
+    return wire.to_query(wire.parse(json.dumps(asked).encode(), wire.RankRequest), "x", generation)
+
+
+async def test_an_item_that_is_added_again_takes_the_place_of_the_old(catalogue, unhurried):
+    """Without losing who read the old one: its row is still in histories."""
+    old = world.item_id(20)
+    assert change(catalogue, add=[item(old, 49)]) == {"epoch": 1, "added": 1, "removed": 0, "unknown": 0}
+    assert catalogue.ids.rows([old]).tolist() == [world.N]
+    assert (await answer(catalogue, unhurried, user={"id": "cho"}, k=5)) == [world.item_id(r) for r in range(21, 26)]
+    assert (await answer(catalogue, unhurried, candidates=[old])) == [old]
+    change(catalogue, remove=[old])
+    assert catalogue.ids.rows([old]).tolist() == [NO_ROW]
+    change(catalogue, add=[item(old, 20)])
+    assert catalogue.ids.rows([old]).tolist() == [world.N + 1]
+
+
+def test_filters_see_what_was_added(catalogue):
+    change(catalogue, add=[item(7, 3, genres=["silent", -1])])
+    asked = query(catalogue, filters=[{"field": "genres", "eq": "silent"}, {"field": "year", "lte": 1953}])
+    assert 7 in catalogue.ids.external(Retrieval(catalogue).search(asked, 40).rows)
+
+
+async def test_text_ids_and_their_width(text_generation, unhurried):
+    catalogue = live.changeable(text_generation, ROOM)
+    change(catalogue, add=[item("new", 21) | {"id": "new"}])
+    assert "new" in await answer(catalogue, unhurried, candidates=["new", "item-1000"])
+    with pytest.raises(InvalidRequest, match=r"add\.0\.id: an id of type <U"):
+        change(catalogue, add=[item("n" * 200, 21)])
+
+
+@pytest.mark.parametrize("are_text", [False, True])
+def test_ids_as_a_dictionary_has_them(are_text):
+    """Against a plain dictionary, through many changes."""
+    ids = [f"i{n}" for n in range(60)] if are_text else list(range(60))
+    held = np.array(ids[:40] + ids[:20] * 1)
+    table, known = Ids(held, np.argsort(held[:40])), dict(zip(ids[:40], range(40), strict=True))
+    for step in range(200):
+        one = ids[RNG.integers(0, 60)]
+        known[one] = table.moved[one] = int(NO_ROW if step % 2 else 40 + step % 20)
+        assert table.rows(ids).tolist() == [known.get(i, NO_ROW) for i in ids]
+
+
+# ---------------------------------------------------------------------------------- kinds of index
+
+
+def pq() -> faiss.Index:
+    index = faiss.index_factory(world.D, "IVF4,PQ4x4fs", faiss.METRIC_INNER_PRODUCT)
+    index.train(EMBEDDING[:N_RANDOM])
+    index.add(EMBEDDING[:N_RANDOM])
+    return index
+
+
+LEAST = {"flat": 40, "hnsw": 36, "ivf_sq8": 20, "ivf_pq": 30}  # of the 40 nearest; the third probes two lists of four
+
+
+@pytest.fixture(params=[*SEARCH, "ivf_pq"])
+def random(request, generation, monkeypatch):
+    """A random catalogue with an index of this kind, twenty rows of room behind it."""
+    kind = request.param
+    monkeypatch.setattr("tests.app.test_filters.EMBEDDING", EMBEDDING[:N_RANDOM])
+    retriever = generation.manifest.retrievers[0].model_copy(
+        update={"kind": kind, "n": N_RANDOM, "search": SEARCH.get(kind, {"nprobe": 4}), "overfetch": 2.0}
+    )
+    bits = np.full((N_RANDOM + 20 + 7) // 8, 255, np.uint8)
+    rooms = {"embedding": EMBEDDING.copy()[N_RANDOM:], "ids": np.arange(N_RANDOM, N_RANDOM + 20)}
+    return replace(
+        generation,
+        ids=Ids(np.arange(N_RANDOM + 20), np.arange(N_RANDOM)),
+        tables={"embedding": EMBEDDING},
+        index=pq() if kind == "ivf_pq" else index_of(kind),
+        popular=np.arange(N_RANDOM),
+        manifest=generation.manifest.model_copy(update={"retrievers": (retriever,)}),
+        live=live.Live(N_RANDOM, N_RANDOM, rooms, bits),
+    )
+
+
+def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(random):
+    retrieval, person = Retrieval(random), query(random)
+    user = retrieval.embed(person)
+    nearest = np.argsort(-(EMBEDDING[:N_RANDOM] @ user), kind="stable")
+    gone = nearest[:150].tolist()  # more than the search would fetch
+    live.apply(random, live.Change({}, [], gone, np.array(gone)))
+    live.apply(random, live.Change({}, list(range(N_RANDOM, N_RANDOM + 20)), [], np.full(20, NO_ROW)))
+    found = retrieval.search(person, 40)
+    assert len(found) == 40
+    assert not set(found.rows.tolist()) & set(gone)
+    exact = np.setdiff1d(np.arange(N_RANDOM + 20), gone)
+    best = exact[np.argsort(-(EMBEDDING[exact] @ user), kind="stable")][:40]
+    fresh = {row for row in best.tolist() if row >= N_RANDOM}
+    assert fresh <= set(found.rows.tolist())
+    assert len(set(best.tolist()) & set(found.rows.tolist())) >= LEAST[random.manifest.retrievers[0].kind]
+    assert found.retrieval_scores == pytest.approx(EMBEDDING[found.rows] @ user, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"add": [{"id": 7, "embedding": [0.0] * 7}]}, "add.0.embedding"),
+        ({"add": [item(1, 0), item(7, 3) | {"embedding": [1e39] + [0.0] * 7}]}, "add.1.embedding"),
+        ({"add": [item(1, 0), item(7, 3, year="x")]}, "add.1.tables.year"),
+        ({"add": [item(7, 3, genres=["nobody's", -1])]}, "add.0.tables.genres"),
+        ({"add": [item(7, 3, genres=[1.5, -1])]}, "add.0.tables.genres"),
+        ({"add": [item(7, 3, genres=[40_000, -1])]}, "add.0.tables.genres"),
+        ({"add": [item(7, 3, title="a title that is longer than the table's")]}, "add.0.tables.title"),
+        ({"add": [item(7, 3, title=5)]}, "add.0.tables.title"),
+        ({"add": [item(7, 3, price=5)]}, "add.0.tables.price"),
+        ({"add": [{"id": 7, "embedding": [0.0] * 8, "tables": {"year": 1}}]}, "add.0.tables.genres"),
+        ({"add": [item("seven", 3)]}, "add.0.id"),
+        ({"add": [item(2**70, 3)]}, "add.0.id"),
+        ({"add": [item(7, 3), item(7, 4)]}, "body"),
+        ({"add": [item(7, 3)], "remove": [7]}, "body"),
+        ({"add": [item(7, 3) | {"embeding": []}]}, "add.0.embeding"),
+        ({"drop": [1]}, "drop"),
+        ({"remove": [1.5]}, "remove.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_field_and_changes_nothing(catalogue, asked, field):
+    with pytest.raises(InvalidRequest) as refused:
+        change(catalogue, **asked)
+    assert refused.value.errors[0].field == field
+    assert refused.value.errors[0].allowed
+    assert (catalogue.live.epoch, catalogue.n_items) == (0, world.N)
+
+
+def test_room_that_is_used_up_is_a_conflict(catalogue):
+    change(catalogue, add=[item(n, n) for n in range(3)])
+    with pytest.raises(Conflict, match="room for 1 more"):
+        change(catalogue, add=[item(n, n) for n in range(10, 12)])
+    change(catalogue, add=[item(10, 4)])
+    assert catalogue.n_items == world.N + 4
+
+
+def test_without_room_items_can_not_be_added(generation):
+    with pytest.raises(Conflict, match="room for 0 more"):
+        change(live.changeable(generation, 0), add=[item(7, 3)])
+
+
+def test_a_bundle_whose_model_reads_row_numbers_loses_items_only(catalogue):
+    schema = catalogue.manifest.features
+    inputs = tuple(i.model_copy(update={"table": "row"}) if i.table == "year" else i for i in schema.re_ranker)
+    features = schema.model_copy(update={"re_ranker": inputs})
+    by_row = replace(catalogue, manifest=catalogue.manifest.model_copy(update={"features": features}))
+    with pytest.raises(Conflict, match="can lose items but get none"):
+        change(by_row, add=[item(7, 3)])
+    assert change(by_row, remove=[1000])["removed"] == 1
+
+
+# ------------------------------------------------------------------------------------- the journal
+
+
+def test_a_journal_gives_back_what_was_added_to_it(tmp_path):
+    journal = live.Journal(tmp_path / "x.jsonl")
+    assert journal.read() == []
+    journal.add(b"one")
+    journal.add(b"two")
+    assert live.Journal(tmp_path / "x.jsonl").read() == [b"one", b"two"]
+
+
+def test_a_line_that_was_torn_is_cut_off(tmp_path):
+    journal = live.Journal(tmp_path / "x.jsonl")
+    journal.add(b"one")
+    with journal.file.open("ab") as f:
+        f.write(b'{"add": [')
+    assert journal.read() == [b"one"]
+    journal.add(b"two")
+    assert journal.read() == [b"one", b"two"]
+
+
+def test_a_line_that_a_full_disk_took_in_part_is_taken_back(tmp_path, monkeypatch):
+    journal = live.Journal(tmp_path / "x.jsonl")
+    journal.add(b"one")
+
+    def fails(fd):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="No space"):
+            journal.add(b"two")
+    journal.add(b"three")
+    assert journal.read() == [b"one", b"three"]
+
+
+def test_a_journal_without_a_directory_is_named_at_the_start(tmp_path):
+    with pytest.raises(ServerError, match=r"WINNOW_LIVE_JOURNAL=.*nowhere: No such file"):
+        live.Journal(tmp_path / "nowhere" / "x.jsonl").read()
+
+
+def test_a_journal_that_does_not_fit_its_bundle_is_named(catalogue):
+    with pytest.raises(BundleError, match=r"change 1 of its items: add\.0\.embedding"):
+        live.replay(catalogue, [b"{}", json.dumps({"add": [{"id": 1, "embedding": [1]}]}).encode()])
+
+
+# ------------------------------------------------------------------------------- a service with workers
+
+
+@pytest_asyncio.fixture
+async def service(bundle, tmp_path):
+    service = Service(
+        Settings(bundle=bundle, workers=2, spares=0, sla_ms=5000.0, linger_s=0.0, live_room=ROOM, live_journal=tmp_path)
+    )
+    await service.start()
+    yield service
+    await service.stop()
+
+
+async def post(service, **asked):
+    return await call(create_admin_app(service), "POST", "/admin/items", json.dumps(asked).encode())
+
+
+async def test_a_change_is_met_by_every_request_that_comes_after_it(service):
+    app, best = create_app(service), world.item_id(21)
+    reply = await post(service, add=[item(7, 21), item(8, 21)], remove=[best])
+    said = {k: v for k, v in reply.json().items() if k != "generation"}
+    assert (reply.status, said) == (200, {"is_kept": True, "epoch": 3, "added": 2, "removed": 1, "unknown": 0})
+    for _ in range(6):  # either worker
+        got = (await rank(app, {"user": {"id": "cho"}, "k": 3})).json()
+        assert [i["id"] for i in got["items"]] == [7, 8, world.item_id(22)]
+        assert (got["epoch"], got["degraded"]) == (3, [])
+    (held,) = (await call(create_admin_app(service), "GET", "/admin/generations")).json()["generations"]
+    assert held["epoch"] == 3
+    assert b'winnow_generation_epoch{role="serving"} 3.0' in service.metrics.render()[0]
+
+
+async def test_a_worker_that_is_started_again_knows_the_changes(service):
+    app = create_app(service)
+    await post(service, add=[item(7, 21)])
+    for pid in service.serving.pool.pids().values():
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while True:
+        got = (await rank(app, {"user": {"id": "cho"}, "k": 2})).json()
+        if not got["degraded"] or time.monotonic() > deadline:
+            break
+    assert [i["id"] for i in got["items"]] == [world.item_id(21), 7]
+    assert got["degraded"] == []
+
+
+async def test_a_refusal_names_the_field_over_http(service):
+    reply = await post(service, add=[item(7, 21) | {"embedding": [1]}])
+    assert reply.status == 422
+    assert reply.json()["errors"][0]["field"] == "add.0.embedding"
+    assert (await post(service, add=[item(n, n) for n in range(ROOM + 1)])).status == 409
+
+
+async def test_a_change_that_can_not_be_kept_is_not_made(service, monkeypatch):
+    def full(self, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(live.Journal, "add", full)
+    reply = await post(service, add=[item(7, 21)])
+    assert reply.status == 503
+    assert b"No space left" in reply.body
+    assert service.serving.generation.live.epoch == 0
+
+
+def test_what_was_acknowledged_is_there_after_a_restart(bundle, tmp_path):
+    for n in (7, 8):
+        with running(bundle, WINNOW_LIVE_JOURNAL=str(tmp_path)) as process:
+            process.wait_until_ready()
+            body = json.dumps({"add": [item(n, 21)]}).encode()
+            assert process.call("POST", "/admin/items", body, port=process.admin_port).status == 200
+            process.process.kill()
+    with running(bundle, WINNOW_LIVE_JOURNAL=str(tmp_path)) as process:
+        process.wait_until_ready()
+        got = process.rank({"user": {"id": "cho"}, "k": 3}).json()
+    assert [i["id"] for i in got["items"]] == [world.item_id(21), 7, 8]
+    assert got["epoch"] == 2
