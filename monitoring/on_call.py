@@ -336,7 +336,7 @@ GENERATIONS = (
         "Which bundle has which role on which instance; the digest's first 12 digits, as in an answer's generation.",
         of("winnow_generation_info"),
         ("instance", "role", "digest"),
-        width=12,
+        width=8,
     ),
     lines(
         "Since a generation was loaded",
@@ -344,7 +344,16 @@ GENERATIONS = (
         "s",
         Query(of("winnow_generation_age_seconds"), "{{instance}} {{role}}"),
         least=0,
-        width=12,
+        width=8,
+    ),
+    lines(
+        "Items added and removed live",
+        "Since the generation was loaded, by role. Instances that differ were sent different changes: each needs its "
+        "own POST /admin/items.",
+        "short",
+        Query(of("winnow_generation_epoch"), "{{instance}} {{role}}"),
+        least=0,
+        width=8,
     ),
 )
 
