@@ -21,13 +21,12 @@ from typing import Annotated
 import faiss
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from app.binding import check_graph, check_names, sample
 from app.errors import StageFailed, require
 from app.features import FeatureSchema, Tables
-from app.flow import F32, Array, Arrays, Mask, Rows, sealed
+from app.flow import F32, Array, Arrays, Live, Mask, Rows, sealed
 from app.manifest import INDEX_CLASSES, MANIFEST, UNFORESEEN, UNREADABLE, Manifest, opening, read_manifest, verify_files
 
 ITEMS, USERS, VOCAB = "items", "users", "vocab"
@@ -43,18 +42,18 @@ faiss.omp_set_num_threads(1)  # one request, one core: parallelism is over reque
 class Ids:
     """External ids by row, and rows by external id (binary search in a stored order).
 
-    n: rows that are used, of which `order` has those that were loaded. moved: where ids went since, NO_ROW if away.
+    `order` has the rows that were loaded. added: rows of the ids that were added since, which come first.
     """
 
     def __init__(self, ids: Array, order: Array) -> None:
-        self.ids, self.order, self.n = ids, order, len(order)
-        self.loaded, self.moved = ids[: self.n], dict[Id, int]()
+        self.ids, self.order = ids, order
+        self.loaded, self.added = ids[: len(order)], dict[Id, int]()
         self.is_text = ids.dtype.kind == "U"
         limits = None if self.is_text else np.iinfo(ids.dtype)
         self.low, self.high = (int(limits.min), int(limits.max)) if limits else (0, 0)
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.loaded)
 
     def fits(self, wanted: Sequence[Id]) -> Mask:
         """bool[len(wanted)]: whether the table's type can hold them; ten thousand take a millisecond."""
@@ -75,8 +74,8 @@ class Ids:
         at = np.minimum(np.searchsorted(self.loaded, keys, sorter=self.order), len(self.loaded) - 1)
         rows = np.asarray(self.order[at], np.int64)
         found = np.where((self.loaded[rows] == keys) & fits, rows, NO_ROW)
-        for i, one in enumerate(wanted) if self.moved else ():
-            found[i] = self.moved.get(one, found[i]) if fits[i] else NO_ROW
+        for i, one in enumerate(wanted) if self.added else ():
+            found[i] = self.added.get(one, found[i]) if fits[i] else NO_ROW
         return found
 
     def external(self, rows: Rows) -> list[Id]:
@@ -103,23 +102,11 @@ class PreRanker:
 
 
 @dataclass(slots=True)
-class Live:
-    """What the catalogue became since it was loaded (live.py makes the changes).
+class Room:
+    """What can be written behind each item table, [room, ...], and what came of the catalogue so far."""
 
-    n_loaded: rows that the index has. n: rows that are used. rooms: what can be written behind each item table, [room,
-    ...]. bits: of rows, packed, 1 for those that may be found. has_lost: not all that the index has may be.
-    """
-
-    n_loaded: int = 0
-    n: int = 0
-    rooms: Mapping[str, Array] = field(default_factory=dict)
-    bits: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
-    has_lost: bool = False
-    epoch: int = 0
-
-    def keeps(self, rows: Rows) -> Mask:
-        """bool[len(rows)]: those that may be found."""
-        return (self.bits[rows >> 3] >> (rows & 7) & 1).astype(np.bool_) if self.epoch else np.ones(len(rows), np.bool_)
+    tables: Mapping[str, Array] = field(default_factory=dict)
+    live: Live = field(default_factory=Live)
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,12 @@ class Generation:
     re_ranker: ort.InferenceSession
     pre_ranker: PreRanker
     once: ort.InferenceSession | None = None  # makes some inputs of the re-ranker, once a request
-    live: Live = field(default_factory=Live)
+    room: Room = field(default_factory=Room)
+
+    @property
+    def live(self) -> Live:
+        """The catalogue's present epoch. Whoever needs it twice keeps it."""
+        return self.room.live
 
     @property
     def name(self) -> str:
@@ -148,7 +140,7 @@ class Generation:
 
     @property
     def n_items(self) -> int:
-        return len(self.ids)
+        return len(self.ids) + self.live.n_added
 
     @property
     def d(self) -> int:

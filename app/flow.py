@@ -114,6 +114,29 @@ class Filter:
     high: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Live:
+    """One epoch of a catalogue: what it has become since it was loaded (live.py makes the next).
+
+    n_added: rows behind those that were loaded. bits: of all rows, packed, 1 for those that may be found; without any,
+    all may. has_lost: not all that were loaded may. moved: where items are now that were added again, row by row.
+    """
+
+    epoch: int = 0
+    n_added: int = 0
+    bits: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    has_lost: bool = False
+    moved: Mapping[int, int] = field(default_factory=dict)
+
+    def keeps(self, rows: Rows) -> Mask:
+        """bool[len(rows)]: those that may be found."""
+        return (self.bits[rows >> 3] >> (rows & 7) & 1).astype(np.bool_) if self.epoch else np.ones(len(rows), np.bool_)
+
+    def present(self, rows: Rows) -> Rows:
+        """The rows that these items have now."""
+        return np.array([self.moved.get(r, r) for r in rows.tolist()], np.int64) if self.moved else rows
+
+
 class Sent(NamedTuple):
     """A request as its client sent it, with its id, and the width of re-ranking that it names, if it does."""
 
@@ -131,6 +154,7 @@ class Query:
     exclude: rows that must not be in the answer, sorted.
     rerank_count: the caller's width for re-ranking, or None for the bundle's.
     ignored: how many of the ids sent in `history`, `candidates`, `exclude` the catalogue doesn't have.
+    live: the epoch it is answered from.
     """
 
     request_id: str
@@ -142,6 +166,7 @@ class Query:
     candidate_fields: Arrays = field(default_factory=dict)
     rerank_count: int | None = None
     ignored: Mapping[str, int] = field(default_factory=dict)
+    live: Live = field(default_factory=Live)
 
     def sent_with(self, rows: Rows) -> dict[str, Array]:
         """What the caller sent with these of its candidates, each [len(rows), *shape]."""

@@ -110,9 +110,10 @@ class Funnel:
         found = await self.run(self.retrieval, scope, query, None)
         coarse = await self.run(self.preranking, scope, query, found)
         scope.is_late = False
+        retrieval_report, preranking_report = scope.reports
         if query.candidates is None:
-            for cost, report in zip((self.retrieval.cost, self.preranking.cost), scope.reports, strict=True):
-                cost.learn(report)
+            self.retrieval.cost.learn(retrieval_report)
+        self.preranking.cost.learn(preranking_report)
         return query, scope, coarse.top(scope.keep)
 
     async def finish(self, query: Query, scope: RequestScope, coarse: Scored) -> tuple[Query, Ranking]:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from app.bundle import HOISTED, ITEMS, NO_ROW, Generation, Ids, Live
+from app.bundle import HOISTED, ITEMS, NO_ROW, Generation, Ids, Room
 from app.errors import BundleError, ClientError, Conflict, FieldError, InvalidRequest, ServerError, require, shown
-from app.features import ROW
-from app.flow import Array, Rows, sealed
+from app.features import LARGEST, ROW
+from app.flow import Array, Live, sealed
 from app.wire import ItemsRequest, NewItem, parse
 
 # Of mmap(2), and not in Python's: at this address and no other; without room in the swap; the answer to a refusal.
@@ -35,17 +35,14 @@ libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *3 * (ctypes.c_int,), ct
 
 def changeable(generation: Generation, room: int) -> Generation:
     """The same generation, with room for so many more rows. Untouched room takes address space, and no memory."""
-    n, folder = generation.n_items, generation.path / ITEMS
-    known = {**generation.tables, "ids": generation.ids.ids} if room else {}
+    n, folder = len(generation.ids), generation.path / ITEMS
+    known = {**generation.tables, "ids": generation.ids.ids}
     wide = {name: _with_room(folder / f"{name}.npy", table, room) for name, table in known.items()}
-    rooms = {name: table[n:] for name, table in wide.items()}
     tables = {name: sealed(table[:]) for name, table in wide.items()}
-    if not room:
-        return generation
     ids = Ids(tables.pop("ids"), generation.ids.order)
-    return replace(
-        generation, tables=tables, ids=ids, live=Live(n, n, rooms, np.full((n + room + 7) // 8, 255, np.uint8))
-    )
+    bits = np.full((n + room + 7) // 8, 255, np.uint8)
+    behind = Room({name: table[n:] for name, table in wide.items()}, Live(bits=bits))
+    return replace(generation, tables=tables, ids=ids, room=behind)
 
 
 def _with_room(file: Path, table: Array, room: int) -> Array:
@@ -53,6 +50,7 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
 
     What is written goes to this process's own pages, never to the file.
     """
+    require(table.flags.c_contiguous, f"{ITEMS}/{file.name}: must be in C order")
     offset = np.lib.format.open_memmap(file, mode="r").offset
     end, shape = offset + table.nbytes, (len(table) + room, *table.shape[1:])
     size = offset + table.itemsize * int(np.prod(shape))
@@ -67,26 +65,27 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
 
 
 class Change(NamedTuple):
-    """A change that was checked: table rows by name, and "ids", [n, ...]; the ids that come and go; the rows that
-    these ids have now, of the removed first.
+    """A change that was checked: table rows by name, and "ids", [n, ...]; what is added; the epoch that it makes.
+
+    line: the change as it is kept and sent to workers; counts: what is said of it.
     """
 
     columns: Mapping[str, Array]
     added: Sequence[int | str]
-    removed: Sequence[int | str]
-    gone: Rows
+    after: Live
+    line: bytes
+    counts: dict[str, int]
 
 
 def checked(generation: Generation, asked: ItemsRequest) -> Change:
     """What this asks, in the types of the tables. Raises InvalidRequest that names the field; Conflict."""
-    items, live = asked.add, generation.live
-    schema = generation.manifest.features
+    items, schema = asked.add, generation.manifest.features
     reads_rows = any(i.table == ROW for i in (*schema.user_tower, *schema.re_ranker))
     is_open = not reads_rows and not any(name.startswith(HOISTED) for name in generation.tables)
     why = "a model reads row numbers, or values that were computed when it was packed"
     require(is_open or not items, f"this bundle can lose items but get none: {why}", Conflict)
-    left = len(live.rooms["ids"]) - (live.n - live.n_loaded) if live.rooms else 0
-    require(len(items) <= left, f"there is room for {left} more items; a new bundle makes room", Conflict)
+    left = len(generation.room.tables["ids"]) - generation.live.n_added
+    require(len(items) <= left, f"WINNOW_LIVE_ROOM leaves {left} more items; a new bundle makes room", Conflict)
     columns = {"ids": _ids(generation, items)} if items else {}
     for name, table in generation.tables.items() if items else ():
         columns[name] = _column(generation, name, table, items)
@@ -94,12 +93,29 @@ def checked(generation: Generation, asked: ItemsRequest) -> Change:
         if others := item.tables.keys() - generation.tables.keys():
             where = f"add.{i}.tables.{min(others)}"
             raise InvalidRequest(FieldError(where, None, f"no such table; allowed: {', '.join(generation.tables)}"))
-    added = [item.id for item in items]
-    return Change(columns, added, asked.remove, generation.ids.rows([*asked.remove, *added]))
+    after, removed = _next(generation, asked)
+    counts = {"epoch": after.epoch, "added": len(items), "removed": removed, "unknown": len(asked.remove) - removed}
+    return Change(columns, [item.id for item in items], after, asked.model_dump_json().encode(), counts)
+
+
+def _next(generation: Generation, asked: ItemsRequest) -> tuple[Live, int]:
+    """The epoch that the change makes, and how many of the items to remove were there."""
+    live, n = generation.live, generation.n_items
+    replaced = generation.ids.rows([item.id for item in asked.add])
+    known = generation.ids.rows(asked.remove)
+    removed = known[known != NO_ROW]
+    removed = removed[live.keeps(removed)]
+    gone, bits = np.append(removed, replaced[replaced != NO_ROW]), live.bits.copy()
+    np.bitwise_and.at(bits, gone >> 3, ~(np.uint8(1) << (gone & 7).astype(np.uint8)))
+    new = {old: n + i for i, old in enumerate(replaced.tolist()) if old != NO_ROW}
+    moved = {old: new.get(row, row) for old, row in live.moved.items()} | new
+    has_lost = live.has_lost or bool((gone < len(generation.ids)).any())
+    epoch = live.epoch + len(asked.add) + len(removed)
+    return Live(epoch, live.n_added + len(asked.add), sealed(bits), has_lost, moved), len(removed)
 
 
 def _ids(generation: Generation, items: Sequence[NewItem]) -> Array:
-    ids = [item.id for item in items]
+    ids: list[int | str] = [item.id for item in items]
     for i in np.flatnonzero(~generation.ids.fits(ids))[:1]:
         raise InvalidRequest(FieldError(f"add.{i}.id", shown(ids[i]), f"an id of type {generation.ids.ids.dtype}"))
     return np.array(ids, generation.ids.ids.dtype)
@@ -135,26 +151,22 @@ def _cast(values: Sequence[Any], table: Array, vocab: Mapping[str, int]) -> Arra
         wide = np.array(numbers, np.float64).reshape(shape)
         with np.errstate(over="ignore", invalid="ignore"):
             cast = wide.astype(table.dtype)
-        is_held = bool((np.isfinite(cast) if table.dtype.kind == "f" else cast == wide).all())
+        is_exact = (cast == wide) & (np.abs(wide) <= LARGEST["int64"])
+        is_held = bool((np.isfinite(cast) if table.dtype.kind == "f" else is_exact).all())
+        is_held &= not vocab or bool(np.isin(wide, [*vocab.values(), NO_ROW]).all())
     if not is_held:
         raise ValueError
     return cast.reshape(shape)
 
 
-def apply(generation: Generation, change: Change) -> dict[str, int]:
-    """Make the change, at once for who searches meanwhile: what is counted of it."""
-    live, ids = generation.live, generation.ids
-    first, last = live.n, live.n + len(change.added)
+def apply(generation: Generation, change: Change) -> None:
+    """Make the change: the rows first, which nobody looks at, then one reference."""
+    room, first = generation.room, generation.live.n_added
     for name, column in change.columns.items():
-        live.rooms[name][first - live.n_loaded : last - live.n_loaded] = column
-    ids.moved |= dict.fromkeys(change.removed, NO_ROW) | dict(zip(change.added, range(first, last), strict=True))
-    gone = change.gone[change.gone != NO_ROW]
-    np.bitwise_and.at(live.bits, gone >> 3, ~(np.uint8(1) << (gone & 7).astype(np.uint8)))
-    live.has_lost |= bool((gone < live.n_loaded).any())
-    live.n = ids.n = last
-    added, removed = len(change.added), int(np.sum(change.gone[: len(change.removed)] != NO_ROW))
-    live.epoch += added + removed
-    return {"epoch": live.epoch, "added": added, "removed": removed, "unknown": len(change.removed) - removed}
+        room.tables[name][first : first + len(column)] = column
+    begin = generation.n_items
+    generation.ids.added |= dict(zip(change.added, range(begin, begin + len(change.added)), strict=True))
+    room.live = change.after
 
 
 # ------------------------------------------------------------------------------------------- journal
@@ -178,6 +190,9 @@ class Journal:
                 f.seek(0)
                 *lines, torn = f.read().split(b"\n")
                 f.truncate(f.tell() - len(torn))
+            folder = os.open(self.file.parent, os.O_RDONLY)
+            os.fsync(folder)  # or a file that is new may be gone after a power cut
+            os.close(folder)
             return lines
         except OSError as e:
             raise ServerError(f"WINNOW_LIVE_JOURNAL={self.file.parent}: {e.strerror}; a directory to write to") from e
@@ -196,10 +211,10 @@ class Journal:
                 raise
 
 
-def replay(generation: Generation, lines: Iterable[bytes]) -> None:
+def replay(generation: Generation, lines: Iterable[bytes], where: str = "a worker's items") -> None:
     """Make changes that were checked once. Raises BundleError for what doesn't fit this generation any more."""
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         try:
             apply(generation, checked(generation, parse(line, ItemsRequest)))
         except ClientError as e:
-            raise BundleError(f"change {number} of its items: {e}") from e
+            raise BundleError(f"{where}: change {number}: {e}") from e

@@ -86,8 +86,9 @@ class Service:
         s, is_yielding = self.settings, self.serving is not None
         generation = live.changeable(generation, s.live_room)
         costs = await asyncio.to_thread(measured, generation, is_yielding=is_yielding)
-        changes = await asyncio.to_thread(self._journal(generation).read)
-        await asyncio.to_thread(live.replay, generation, changes)
+        journal = self._journal(generation)
+        changes = await asyncio.to_thread(journal.read)
+        await asyncio.to_thread(live.replay, generation, changes, str(journal.file))
         given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
         pool.changes.extend(changes)
@@ -142,6 +143,10 @@ class Service:
         require(role in self.held, f"no {role} generation is held", Conflict)
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
+        if served.generation.digest == (now := self.held["serving"]).generation.digest:  # loaded again
+            for change in served.pool.changes[len(now.pool.changes) :]:
+                live.replay(now.generation, [change])
+                now.pool.change(change)
         self._hold("previous", served)
         self.gate.expects(self.held["serving"].funnel.seconds(FLOOR))
         log.info("serving %s", self.held["serving"].generation.name)
@@ -153,16 +158,17 @@ class Service:
         """
         require(self.gate.phase is Phase.SERVING, f"the service is {self.gate.phase.value}", CapacityError)
         async with self.changing:
-            serving, line = self.held["serving"], asked.model_dump_json().encode()
+            serving = self.held["serving"]
             generation, journal = serving.generation, self._journal(serving.generation)
             change = await asyncio.to_thread(live.checked, generation, asked)
-            try:
-                await asyncio.to_thread(journal.add, line)
-            except OSError as e:
-                raise CapacityError(f"the change can't be kept: {e}") from e
-            counts = live.apply(generation, change)
-            serving.pool.change(line)
-        return {"generation": generation.name, "is_kept": journal.file is not None} | counts
+            if change.counts["epoch"] > generation.live.epoch:
+                try:
+                    await asyncio.to_thread(journal.add, change.line)
+                except OSError as e:
+                    raise CapacityError(f"the change can't be kept: {e}") from e
+                live.apply(generation, change)
+                serving.pool.change(change.line)
+        return {"generation": generation.name, "is_kept": journal.file is not None} | change.counts
 
     def _journal(self, generation: Generation) -> live.Journal:
         folder = self.settings.live_journal

@@ -119,8 +119,8 @@ class ItemsRequest(Wire):
     @model_validator(mode="after")
     def _each_once(self) -> "ItemsRequest":
         ids = [*self.remove, *(item.id for item in self.add)]
-        if len(set(ids)) < len(ids):
-            raise ValueError("each id once, in add or in remove")
+        if len(set(ids)) < len(ids) or not ids:
+            raise ValueError("something to add or to remove, each id once")
         return self
 
 
@@ -172,7 +172,7 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     body = {
         "request_id": query.request_id,
         "generation": ranking.generation,
-        "epoch": generation.live.epoch,
+        "epoch": query.live.epoch,
         "items": [{"id": i, "score": score, "stage": LABELS[stage], "propensity": p} for i, score, stage, p in columns],
         "empty_reason": ranking.empty_reason,
         "coverage": {"wanted": fine.wanted, "reranked": fine.done, "shards_ok": fine.shards_ok, "shards": fine.shards},
@@ -183,7 +183,7 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
     first = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
     logged = {
         "generation": ranking.generation,
-        "epoch": generation.live.epoch,
+        "epoch": query.live.epoch,
         "is_known": query.person.is_known,
         "k": query.k,
         "n": len(ranking),
@@ -269,7 +269,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     Microseconds for a small body, up to 10 ms for the largest.
     Raises: InvalidRequest, for filters and features that this bundle doesn't have.
     """
-    user = request.user
+    user, live = request.user, generation.live
     person, n_ignored = users.resolve(user.id, user.history, asked(request), generation, is_late=is_late)
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
@@ -283,6 +283,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
         candidate_fields=fields,
         rerank_count=request.rerank_count,
         ignored={"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
+        live=live,
     )
 
 
@@ -291,6 +292,7 @@ def _candidates(sent: Sequence[Id | CandidatePart] | None, generation: Generatio
     if sent is None:
         return None, {}, 0
     found = generation.ids.rows([c.id if isinstance(c, CandidatePart) else c for c in sent])
+    found[(found != NO_ROW) & ~generation.live.keeps(found)] = NO_ROW  # removed
     _, first = np.unique(found, return_index=True)
     kept = np.sort(first[found[first] != NO_ROW])
     sent_with = {i: c.features for i, c in enumerate(sent) if isinstance(c, CandidatePart) and c.features}

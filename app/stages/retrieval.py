@@ -22,6 +22,7 @@ from app.flow import (
     Array,
     Candidates,
     Filter,
+    Live,
     Mask,
     Origin,
     Query,
@@ -70,7 +71,8 @@ class Retrieval:
     def substitute(self, scope: RequestScope, query: Query, given: None) -> Candidates:
         """The bundle's popular items (or the caller's own), all with a typical score, best first."""
         if query.candidates is None:
-            rows, origin, most = self.generation.popular, Origin.POPULAR, scope.retrieve_width
+            popular = query.live.present(self.generation.popular)
+            rows, origin, most = popular, Origin.POPULAR, scope.retrieve_width
         else:
             rows, origin, most = query.candidates, Origin.CALLER, len(query.candidates)
         rows = rows[self._is_allowed(query, rows)][:most]
@@ -97,50 +99,56 @@ class Retrieval:
     def _search(self, query: Query, user: F32, width: int) -> tuple[Rows, Scores]:
         excluded = self._excluded(query)
         if query.filters:
-            eligible = self._matching(query.filters, slice(self.generation.n_items))
-            if self.generation.live.epoch:
-                eligible &= self.generation.live.keeps(np.arange(len(eligible)))
-            eligible[excluded] = False
+            eligible = self._matching(query.filters, slice(len(self.generation.ids) + query.live.n_added))
+            if query.live.epoch:
+                eligible &= np.unpackbits(query.live.bits, count=len(eligible), bitorder="little").view(np.bool_)
+            eligible[excluded[excluded < len(eligible)]] = False
             if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
-                found = self._search_index(user, width, eligible)
+                found = self._search_index(user, width, query.live, eligible)
                 if len(found[0]) == width:
                     return found
             return self._search_exactly(np.flatnonzero(eligible), user, width)
-        rows, scores = self._search_index(user, width + len(excluded), None)
+        rows, scores = self._search_index(user, width + len(excluded), query.live)
         is_allowed = is_other(rows, excluded)
         return rows[is_allowed][:width], scores[is_allowed][:width]
 
-    def _search_index(self, user: F32, width: int, eligible: Mask | None) -> tuple[Rows, Scores]:
-        live, index = self.generation.live, self.generation.index
-        n_fetched = min(index.ntotal, int(width * self.retriever.overfetch))
-        bits = live.bits if live.has_lost else None
-        bits = bits if eligible is None else np.packbits(eligible, bitorder="little")
-        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+    def _search_index(self, user: F32, width: int, live: Live, eligible: Mask | None = None) -> tuple[Rows, Scores]:
+        n_fetched = min(self.generation.index.ntotal, int(width * self.retriever.overfetch))
+        bits = (
+            np.packbits(eligible, bitorder="little") if eligible is not None else live.bits if live.has_lost else None
+        )
         try:
-            (scores,), (rows,) = index.search(user[None], n_fetched, params=self._parameters(selector, n_fetched))
-        except RuntimeError as e:
+            scores, rows = self._nearest(user, n_fetched, None if bits is None else faiss.IDSelectorBitmap(bits))
+        except StageFailed:
+            if bits is None:
+                raise
             if eligible is not None:  # this kind can't select: the exact search does it
                 return np.empty(0, np.int64), np.empty(0, np.float32)
-            if selector is None:
-                raise StageFailed(f"index: {e}") from e
-            scores, rows = self._search_widely(user, n_fetched)
+            scores, rows = self._nearest_of_kept(user, n_fetched, live)
         rows, scores = rows[rows >= 0], scores[rows >= 0]
-        if live.n > live.n_loaded:
-            fresh = np.arange(live.n_loaded, live.n)
+        if live.n_added:
+            fresh = len(self.generation.ids) + np.arange(live.n_added)
             rows = np.append(rows, fresh[live.keeps(fresh) if eligible is None else eligible[fresh]])
-        if self.retriever.kind in ("ivf_sq8", "ivf_pq") or live.n > live.n_loaded:
+        if live.n_added or self.retriever.kind in ("ivf_sq8", "ivf_pq"):
             return self._search_exactly(rows, user, width)
         return rows[:width], scores[:width]
 
-    def _search_widely(self, user: F32, n: int) -> tuple[Scores, Rows]:
+    def _nearest(self, user: F32, n: int, selector: Any = None) -> tuple[Scores, Rows]:
+        try:
+            (scores,), (rows,) = self.generation.index.search(user[None], n, params=self._parameters(selector, n))
+        except RuntimeError as e:
+            raise StageFailed(f"index: {e}") from e
+        return scores, rows
+
+    def _nearest_of_kept(self, user: F32, n: int, live: Live) -> tuple[Scores, Rows]:
         """Where the index can't leave out what was removed: ever wider, until so many are left, or it has no more."""
-        index, wide = self.generation.index, n
+        wide = n
         while True:
-            (scores,), (rows,) = index.search(user[None], wide, params=self._parameters(None, wide))
-            is_kept = (rows >= 0) & self.generation.live.keeps(np.maximum(rows, 0))
-            if np.count_nonzero(is_kept) >= n or wide == index.ntotal or rows[-1] < 0:
+            scores, rows = self._nearest(user, wide)
+            is_kept = (rows >= 0) & live.keeps(np.maximum(rows, 0))
+            if np.count_nonzero(is_kept) >= n or wide == self.generation.index.ntotal or rows[-1] < 0:
                 return scores[is_kept], rows[is_kept]
-            wide = min(2 * wide, index.ntotal)
+            wide = min(2 * wide, self.generation.index.ntotal)
 
     def _parameters(self, selector: Any, n_fetched: int) -> Any:
         search = self.retriever.search
@@ -168,12 +176,12 @@ class Retrieval:
         """Rows that must not be found, sorted. A caller's candidate may be in the history."""
         if query.candidates is not None or not self.generation.manifest.funnel.exclude_history:
             return query.exclude
-        return np.sort(np.concatenate([query.exclude, query.person.history]))
+        return np.sort(np.concatenate([query.exclude, query.live.present(query.person.history)]))
 
     def _is_allowed(self, query: Query, rows: Rows) -> Mask:
         """bool[len(rows)]: what filters and exclusions leave."""
         is_left = is_other(rows, self._excluded(query)) & self._matching(query.filters, rows)
-        return is_left & self.generation.live.keeps(rows)
+        return is_left & query.live.keeps(rows)
 
     def _matching(self, filters: tuple[Filter, ...], rows: Rows | slice) -> Mask:
         """Whether each of these rows satisfies every filter, of which there may be none."""

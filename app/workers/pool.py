@@ -82,7 +82,7 @@ class _Worker:
     run: counts its jobs; by it they are told apart on its sockets. offset: the first row that it was given of its job.
     since: when. owes: what it must answer within so many looks.
     state: alive, starting, or backing_off (waiting to be started again).
-    row_s: what a row took it lately; one that isn't used is slowly forgiven.
+    row_s: what a row took it lately; one that isn't used is slowly forgiven. n_changes: of items, told at its start.
     """
 
     number: int
@@ -96,6 +96,7 @@ class _Worker:
     offset: int = 0
     since: float = 0.0
     row_s: float = 0.0
+    n_changes: int = 0
     owes: dict[Kind, int] = field(default_factory=dict)
 
 
@@ -120,7 +121,7 @@ class WorkerPool:
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
         self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
-        self.changes = list[bytes]()  # of the items, which each worker makes before its first job
+        self.changes = list[bytes]()  # of the items, which each worker makes before it is ready, or as they come
         self.tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -326,7 +327,9 @@ class WorkerPool:
             last.callback(worker.control.close)
             with theirs, control:
                 is_yielding = self.is_yielding or bool(self.ready)
-                given = ((theirs, control), self.generation.path, self.generation.digest, self.given, is_yielding)
+                worker.n_changes = len(self.changes)
+                told = replace(self.given, changes=tuple(self.changes))
+                given = ((theirs, control), self.generation.path, self.generation.digest, told, is_yielding)
                 worker.process = FORKS.Process(target=work, args=given, daemon=True)
                 worker.process.start()
             last.push_async_callback(_wait_for_end, worker.process)
@@ -343,7 +346,7 @@ class WorkerPool:
         require(answer.kind is Kind.READY, str(said), ServerError)
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
-        for change in self.changes:
+        for change in self.changes[worker.n_changes :]:
             worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
         if not self.started.done():
             self.cost = Cost(ROUND_TRIP_S, said)

@@ -37,12 +37,13 @@ FIXED_S = 1e-4  # of scoring in this process, before the first row
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a worker is told besides its bundle: see settings.py; costs of retrieval and pre-ranking."""
+    """What a worker is told besides its bundle: see settings.py; costs of both searching stages; changes of items."""
 
     paced_row_s: float = 0.0
     reserve_s: float = 0.0
     room: int = 0
     costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(1e-3, 1e-7), Cost(1e-3, 1e-7)))
+    changes: tuple[bytes, ...] = ()
 
 
 Sockets = tuple[socket.socket, socket.socket]  # for jobs and their answers; for STOP and PING
@@ -81,6 +82,7 @@ class Worker:
         self.connection, self.control = sockets
         self.own = generation_number(digest)
         self.generation = live.changeable(load(bundle, digest, is_verified=True), given.room)
+        live.replay(self.generation, given.changes)
         self.scorer = InProcess(ShardModel(self.generation), given.paced_row_s)
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s)
         self.funnel.retrieval.cost, self.funnel.preranking.cost = given.costs

@@ -12,8 +12,9 @@ import pytest
 import pytest_asyncio
 
 from app import live, wire
-from app.bundle import NO_ROW, Ids
+from app.bundle import NO_ROW, Ids, Room, load
 from app.errors import BundleError, Conflict, InvalidRequest, ServerError
+from app.flow import Live
 from app.funnel import offline_funnel
 from app.main import create_admin_app, create_app
 from app.service import Service
@@ -37,7 +38,9 @@ def item(id_: int, row: int, **tables) -> dict:
 
 def change(generation, **asked) -> dict:
     parsed = wire.parse(json.dumps(asked).encode(), wire.ItemsRequest)
-    return live.apply(generation, live.checked(generation, parsed))
+    made = live.checked(generation, parsed)
+    live.apply(generation, made)
+    return made.counts
 
 
 @pytest.fixture
@@ -114,9 +117,22 @@ async def test_an_item_that_is_added_again_takes_the_place_of_the_old(catalogue,
     assert (await answer(catalogue, unhurried, user={"id": "cho"}, k=5)) == [world.item_id(r) for r in range(21, 26)]
     assert (await answer(catalogue, unhurried, candidates=[old])) == [old]
     change(catalogue, remove=[old])
-    assert catalogue.ids.rows([old]).tolist() == [NO_ROW]
+    assert await answer(catalogue, unhurried, candidates=[old]) == []
     change(catalogue, add=[item(old, 20)])
     assert catalogue.ids.rows([old]).tolist() == [world.N + 1]
+    # Whoever has seen it, by its first row, isn't shown it again; and it is as popular as it was.
+    assert old not in await answer(catalogue, unhurried, user={"id": "cho"}, k=world.N)
+    popular = catalogue.ids.external(Retrieval(catalogue).substitute(scope_of(40), query(catalogue), None).rows)
+    assert popular.index(old) == world.POPULAR.tolist().index(20)
+
+
+async def test_a_history_still_reads_what_was_removed(catalogue, unhurried):
+    old = world.item_id(20)
+    asked = {"user": {"history": [old]}, "k": 3}
+    before = await answer(catalogue, unhurried, **asked)
+    change(catalogue, remove=[old])
+    assert await answer(catalogue, unhurried, **asked) == before
+    assert query(catalogue, **asked, candidates=[old, 1000, 5]).ignored == {"history": 0, "exclude": 0, "candidates": 2}
 
 
 def test_filters_see_what_was_added(catalogue):
@@ -135,13 +151,13 @@ async def test_text_ids_and_their_width(text_generation, unhurried):
 
 @pytest.mark.parametrize("are_text", [False, True])
 def test_ids_as_a_dictionary_has_them(are_text):
-    """Against a plain dictionary, through many changes."""
+    """Against a plain dictionary, through many additions."""
     ids = [f"i{n}" for n in range(60)] if are_text else list(range(60))
-    held = np.array(ids[:40] + ids[:20] * 1)
+    held = np.array(ids[:40] + ids[:20])
     table, known = Ids(held, np.argsort(held[:40])), dict(zip(ids[:40], range(40), strict=True))
     for step in range(200):
         one = ids[RNG.integers(0, 60)]
-        known[one] = table.moved[one] = int(NO_ROW if step % 2 else 40 + step % 20)
+        known[one] = table.added[one] = 40 + step
         assert table.rows(ids).tolist() == [known.get(i, NO_ROW) for i in ids]
 
 
@@ -167,7 +183,6 @@ def random(request, generation, monkeypatch):
         update={"kind": kind, "n": N_RANDOM, "search": SEARCH.get(kind, {"nprobe": 4}), "overfetch": 2.0}
     )
     bits = np.full((N_RANDOM + 20 + 7) // 8, 255, np.uint8)
-    rooms = {"embedding": EMBEDDING.copy()[N_RANDOM:], "ids": np.arange(N_RANDOM, N_RANDOM + 20)}
     return replace(
         generation,
         ids=Ids(np.arange(N_RANDOM + 20), np.arange(N_RANDOM)),
@@ -175,18 +190,20 @@ def random(request, generation, monkeypatch):
         index=pq() if kind == "ivf_pq" else index_of(kind),
         popular=np.arange(N_RANDOM),
         manifest=generation.manifest.model_copy(update={"retrievers": (retriever,)}),
-        live=live.Live(N_RANDOM, N_RANDOM, rooms, bits),
+        room=Room({"ids": np.arange(20), "embedding": EMBEDDING[N_RANDOM:]}, Live(bits=bits)),
     )
 
 
 def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(random):
     retrieval, person = Retrieval(random), query(random)
+    before = retrieval.search(person, 40).rows
     user = retrieval.embed(person)
     nearest = np.argsort(-(EMBEDDING[:N_RANDOM] @ user), kind="stable")
     gone = nearest[:150].tolist()  # more than the search would fetch
-    live.apply(random, live.Change({}, [], gone, np.array(gone)))
-    live.apply(random, live.Change({}, list(range(N_RANDOM, N_RANDOM + 20)), [], np.full(20, NO_ROW)))
-    found = retrieval.search(person, 40)
+    change(random, remove=gone)
+    change(random, add=[{"id": n, "embedding": EMBEDDING[n].tolist()} for n in range(N_RANDOM, N_RANDOM + 20)])
+    assert np.array_equal(retrieval.search(person, 40).rows, before)  # a request is answered from its own epoch
+    found = retrieval.search(query(random), 40)
     assert len(found) == 40
     assert not set(found.rows.tolist()) & set(gone)
     exact = np.setdiff1d(np.arange(N_RANDOM + 20), gone)
@@ -220,6 +237,8 @@ def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(rando
         ({"add": [item(7, 3) | {"embeding": []}]}, "add.0.embeding"),
         ({"drop": [1]}, "drop"),
         ({"remove": [1.5]}, "remove.0"),
+        ({}, "body"),
+        ({"add": [item(7, 3, genres=[99, -1])]}, "add.0.tables.genres"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_field_and_changes_nothing(catalogue, asked, field):
@@ -228,19 +247,31 @@ def test_what_does_not_fit_is_refused_by_its_field_and_changes_nothing(catalogue
     assert refused.value.errors[0].field == field
     assert refused.value.errors[0].allowed
     assert (catalogue.live.epoch, catalogue.n_items) == (0, world.N)
+    assert catalogue.ids.added == {}
 
 
 def test_room_that_is_used_up_is_a_conflict(catalogue):
     change(catalogue, add=[item(n, n) for n in range(3)])
-    with pytest.raises(Conflict, match="room for 1 more"):
+    with pytest.raises(Conflict, match="WINNOW_LIVE_ROOM leaves 1 more"):
         change(catalogue, add=[item(n, n) for n in range(10, 12)])
     change(catalogue, add=[item(10, 4)])
     assert catalogue.n_items == world.N + 4
 
 
 def test_without_room_items_can_not_be_added(generation):
-    with pytest.raises(Conflict, match="room for 0 more"):
-        change(live.changeable(generation, 0), add=[item(7, 3)])
+    closed = live.changeable(generation, 0)
+    with pytest.raises(Conflict, match="WINNOW_LIVE_ROOM leaves 0 more"):
+        change(closed, add=[item(7, 3)])
+    assert change(closed, remove=[1000, 424242])["removed"] == 1
+    assert closed.n_items == world.N
+    assert 1000 not in closed.ids.external(Retrieval(closed).search(query(closed), 50).rows)
+
+
+def test_a_table_in_another_order_is_refused(copy):
+    file = copy / "items/embedding.npy"
+    np.save(file, np.asfortranarray(np.load(file)))
+    with pytest.raises(BundleError, match=r"items/embedding\.npy: must be in C order"):
+        live.changeable(load(copy, is_verified=True), ROOM)
 
 
 def test_a_bundle_whose_model_reads_row_numbers_loses_items_only(catalogue):
@@ -295,8 +326,10 @@ def test_a_journal_without_a_directory_is_named_at_the_start(tmp_path):
 
 
 def test_a_journal_that_does_not_fit_its_bundle_is_named(catalogue):
-    with pytest.raises(BundleError, match=r"change 1 of its items: add\.0\.embedding"):
-        live.replay(catalogue, [b"{}", json.dumps({"add": [{"id": 1, "embedding": [1]}]}).encode()])
+    with pytest.raises(BundleError, match=r"x\.jsonl: change 2: add\.0\.embedding"):
+        live.replay(
+            catalogue, [b'{"remove": [5]}', json.dumps({"add": [{"id": 1, "embedding": [1]}]}).encode()], "x.jsonl"
+        )
 
 
 # ------------------------------------------------------------------------------- a service with workers
@@ -342,6 +375,32 @@ async def test_a_worker_that_is_started_again_knows_the_changes(service):
             break
     assert [i["id"] for i in got["items"]] == [world.item_id(21), 7]
     assert got["degraded"] == []
+
+
+async def test_what_changes_nothing_is_not_kept(service, tmp_path):
+    said = (await post(service, remove=[424242])).json()
+    assert (said["removed"], said["unknown"], said["epoch"]) == (0, 1, 0)
+    assert (await post(service)).status == 422
+    assert service.serving.pool.changes == []
+    assert all(file.read_bytes() == b"" for file in tmp_path.glob("*.jsonl"))
+
+
+async def test_the_same_bundle_loaded_again_has_the_changes(service, bundle):
+    """Also those that came while it was being loaded."""
+    await post(service, add=[item(7, 21)])
+    other = await service._open(live_free(service))
+    await post(service, add=[item(8, 21)])
+    service.held["candidate"] = other
+    service.switch_to("candidate")
+    assert service.serving is other
+    got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 3})).json()
+    assert [i["id"] for i in got["items"]] == [world.item_id(21), 7, 8]
+    service.switch_to("previous")
+    assert service.serving.generation.live.epoch == 2
+
+
+def live_free(service):
+    return load(service.serving.generation.path, is_verified=True)
 
 
 async def test_a_refusal_names_the_field_over_http(service):

@@ -164,6 +164,7 @@ async def test_a_request_is_ranked_as_in_the_parent(child, generation, funnel, r
     assert told.is_searched == (query.candidates is None)
     assert told.logged == {
         "generation": expected.generation,
+        "epoch": 0,
         "is_known": query.person.is_known,
         "history": len(query.person.history),
         "k": query.k,

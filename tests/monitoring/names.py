@@ -20,7 +20,8 @@ Series = tuple[str, dict[str, str]]
 def exposed() -> list[Series]:
     """Name and labels of every series of a service that holds a generation in each role, one worker each."""
     pool = SimpleNamespace(workers=[SimpleNamespace(state="alive")], pids=lambda: {0: "self"})
-    one = SimpleNamespace(pool=pool, generation=SimpleNamespace(digest="0" * 64), loaded_at=0.0)
+    generation = SimpleNamespace(digest="0" * 64, live=SimpleNamespace(epoch=0))
+    one = SimpleNamespace(pool=pool, generation=generation, loaded_at=0.0)
     metrics = Metrics(SLA_S, dict.fromkeys(ROLES, one))
     families = text_string_to_metric_families(metrics.render()[0].decode())
     return [(sample.name, sample.labels) for family in families for sample in family.samples]

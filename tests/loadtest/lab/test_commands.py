@@ -212,6 +212,7 @@ async def test_search_finds_the_highest_rate_and_how_much_it_varies(bodies, tmp_
     """A server that refuses the 36th request and all after it, until nobody has come for 0.3 s: of half a second of
     arrivals at 60 a second it answers all, and at 90 it doesn't."""
     monkeypatch.setattr(search, "QUIET_S", 0.0)  # a generator takes longer than that to start
+    monkeypatch.setattr("loadtest.search.NEARBY", 1.5)  # the second search goes the way of the first
     loop = asyncio.get_running_loop()
     last, count = loop.time(), 0
 
@@ -243,7 +244,7 @@ async def test_search_finds_the_highest_rate_and_how_much_it_varies(bodies, tmp_
 def test_search_on_a_bundle_says_what_the_rate_was_bought_with(bundle, capsys, monkeypatch):
     """The way through the rates is one run, at 40 a second."""
     monkeypatch.setattr(search, "HOT_S", 0.1)
-    monkeypatch.setattr("loadtest.search.highest_rate", lambda holds, start, within: 40.0 * holds(40.0))
+    monkeypatch.setattr("loadtest.search.highest_rate", lambda holds, start, within, growth: 40.0 * holds(40.0))
     arguments = [
         "--workers",
         "1",
