@@ -5,7 +5,8 @@
 A station has so many servers and one queue, first come first served. What is being served shares the cores: with more
 at work than cores each gets its share by the scheduler's weights, never more than one core. A step of several parts is
 over when the last of them is. Who begins when all cores are busy also waits to be put on one, until its turn comes
-(`wake_s`) or a core is free: schedulers let who runs finish a turn.
+(`wake_s`) or a core is free: schedulers let who runs finish a turn. So does a job that follows another in its station
+at once, though a process would go straight on.
 
 It knows nothing of funnels: what a request's steps are is recipe.py's. The same numbers in give the same numbers out.
 """
