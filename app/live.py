@@ -142,11 +142,11 @@ def _column(generation: Generation, name: str, table: Array, items: Sequence[New
 def _cast(values: Sequence[Any], table: Array, vocab: Mapping[str, int]) -> Array:
     """Raises ValueError or TypeError for what the table can't hold exactly, or what is no number."""
     shape = (len(values), *table.shape[1:])
+    listed = [v if isinstance(v, list) else [v] for v in values]
     if table.dtype.kind == "U":
-        cast = np.array([v if isinstance(v, str) else None for v in values], object).astype(table.dtype)
-        is_held = cast.tolist() == list(values)
+        cast = np.array(listed, object).astype(table.dtype)
+        is_held = cast.tolist() == listed  # a number became text, a long text was cut
     else:
-        listed = [v if isinstance(v, list) else [v] for v in values]
         numbers = [[vocab.get(v) if isinstance(v, str) else v for v in row] for row in listed]  # None is NaN
         wide = np.array(numbers, np.float64).reshape(shape)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -172,11 +172,10 @@ def apply(generation: Generation, change: Change) -> None:
 # ------------------------------------------------------------------------------------------- journal
 
 
-class Journal:
+class Journal(NamedTuple):
     """The changes of one generation, a JSON line each, on disk before they are acknowledged. file: None keeps none."""
 
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
+    file: Path | None
 
     def read(self) -> list[bytes]:
         """All changes so far; a last line that was never whole, and so never acknowledged, is cut off.

@@ -143,10 +143,6 @@ class Service:
         require(role in self.held, f"no {role} generation is held", Conflict)
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
-        if served.generation.digest == (now := self.held["serving"]).generation.digest:  # loaded again
-            for change in served.pool.changes[len(now.pool.changes) :]:
-                live.replay(now.generation, [change])
-                now.pool.change(change)
         self._hold("previous", served)
         self.gate.expects(self.held["serving"].funnel.seconds(FLOOR))
         log.info("serving %s", self.held["serving"].generation.name)
@@ -168,15 +164,26 @@ class Service:
                     raise CapacityError(f"the change can't be kept: {e}") from e
                 live.apply(generation, change)
                 serving.pool.change(change.line)
+                self._share_changes(serving)
         return {"generation": generation.name, "is_kept": journal.file is not None} | change.counts
 
     def _journal(self, generation: Generation) -> live.Journal:
         folder = self.settings.live_journal
         return live.Journal(folder / f"{generation.digest}.jsonl" if folder else None)
 
+    def _share_changes(self, known: Serving) -> None:
+        """With the same bundle loaded once more, before it may serve."""
+        for one in self.held.values():
+            is_same = one.generation.digest == known.generation.digest
+            for line in known.pool.changes[len(one.pool.changes) :] if is_same else ():
+                live.replay(one.generation, [line])
+                one.pool.change(line)
+
     def _hold(self, role: str, what: Serving) -> None:
         """Give a role to a generation; who had it leaves."""
         left, self.held[role] = self.held.get(role), what
+        for one in [*self.held.values()]:
+            self._share_changes(one)
         if left:
             self._close_if_left(left)
 

@@ -31,7 +31,7 @@ class Limits:
     FEATURE_LENGTH = 4_096  # numbers in one list-valued feature
     ID_LENGTH = 256
     TIMEOUT_MS = 10_000
-    ADDED = 100  # items at once: they hold up each worker for 7 ms
+    ADDED = 100  # items at once: each worker is held up to parse and check them, on W1 for 2.2 and 4.3 ms (2026-11)
     REMOVED = 10_000
 
 
@@ -59,7 +59,7 @@ class Settings(BaseModel):
     drain_s: float = tunable(10.0, "how long a stop waits for requests in flight", low=0, high=600)
     # So that clients close their idle connections themselves.
     linger_s: float = tunable(0.5, "how long a stop goes on answering 503", low=0, high=60)
-    live_room: int = tunable(10_000, "items that can be added while a generation serves", low=0, high=1_000_000)
+    live_room: int = tunable(10_000, "items that can be added while a generation serves", low=0, high=100_000)
     live_journal: Path | None = tunable(None, "directory that keeps additions and removals over a restart")
     # Stands in for an accelerator in load tests.
     paced_row_ms: float = tunable(0.0, "a row takes a worker at least this long, waiting", low=0, high=1e3)

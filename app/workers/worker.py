@@ -57,11 +57,11 @@ def work(sockets: Sockets, bundle: Path, digest: str, given: Given, is_yielding:
     """
     os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
     os.nice(BEHIND)
-    with contextlib.suppress(ServerError):  # the parent was told, and logs it
-        with ThreadPoolExecutor(1) as thread:
-            if is_yielding:
-                thread.submit(yield_to_everybody)
-            ready = thread.submit(prepare, sockets, bundle, digest, given)
+    with ThreadPoolExecutor(1) as thread:
+        if is_yielding:
+            thread.submit(yield_to_everybody)
+        ready = thread.submit(prepare, sockets, bundle, digest, given)
+    if not isinstance(ready.exception(), ServerError):  # of which the parent was told, and logs it
         ready.result().serve()
 
 

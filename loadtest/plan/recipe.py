@@ -23,7 +23,7 @@ MORE_THREADS, MOST_THREADS = 4, 32  # of asyncio's own pool: so many more than c
 # Met once on two busy cores (2026-11, paced rows, 2 to 5 workers): what a shared request took the loop beyond a whole
 # one, over its shards, was 0.7 to 1.5 ms where a shard took 0.16 to 0.4 of the SLA, 1.3 to 4.4 ms at twice the rows.
 FAN_OUT_S = 1e-3
-FREED = 0.2  # of what an answer takes the loop, before its worker is given the next request
+FREED = 0.2  # of what an answer takes the loop, before its worker is given the next request: assumed, not measured
 LOOP, THREADS, WORKERS, CLIENT = range(4)
 MOST_REQUESTS = 40_000  # of a simulation
 STEP, PERCENTILE, FLOOR = 0.001, 0.99, 0.2  # of the service's rule for quality, as what follows

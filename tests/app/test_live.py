@@ -1,5 +1,6 @@
 """Live items: added ones are ranked as if they had been packed, removed ones are gone, and no change is lost."""
 
+import asyncio
 import json
 import os
 import signal
@@ -388,19 +389,39 @@ async def test_what_changes_nothing_is_not_kept(service, tmp_path):
 async def test_the_same_bundle_loaded_again_has_the_changes(service, bundle):
     """Also those that came while it was being loaded."""
     await post(service, add=[item(7, 21)])
-    other = await service._open(live_free(service))
+    other = await service._open(load(service.serving.generation.path, is_verified=True))
     await post(service, add=[item(8, 21)])
-    service.held["candidate"] = other
+    service._hold("candidate", other)
     service.switch_to("candidate")
     assert service.serving is other
     got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 3})).json()
     assert [i["id"] for i in got["items"]] == [world.item_id(21), 7, 8]
+    await post(service, remove=[7])
     service.switch_to("previous")
-    assert service.serving.generation.live.epoch == 2
+    got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 2})).json()
+    assert ([i["id"] for i in got["items"]], got["epoch"]) == ([world.item_id(21), 8], 3)
 
 
-def live_free(service):
-    return load(service.serving.generation.path, is_verified=True)
+async def test_answers_under_changes_are_each_of_one_epoch(service):
+    """Item 7 comes with every odd change of it and goes with every even one: the epoch says whether it is there."""
+    app, answers = create_app(service), []
+
+    async def ask() -> None:
+        while not is_over.is_set():
+            answers.append((await rank(app, {"user": {"id": "cho"}, "k": 2})).json())
+
+    is_over = asyncio.Event()
+    asking = [asyncio.create_task(ask()) for _ in range(3)]
+    for number in range(2 * ROOM):
+        asked = {"remove": [7]} if number % 2 else {"add": [item(7, 21)]}
+        assert (await post(service, **asked)).json()["epoch"] == number + 1
+    is_over.set()
+    await asyncio.gather(*asking)
+    for got in answers:
+        second = 7 if got["epoch"] % 2 else world.item_id(22)
+        assert [i["id"] for i in got["items"]] == [world.item_id(21), second]
+        assert got["degraded"] == []
+    assert len({got["epoch"] for got in answers}) > 1
 
 
 async def test_a_refusal_names_the_field_over_http(service):
