@@ -79,8 +79,8 @@ class _Job:
 class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
-    run: counts its jobs; by it they are told apart on its sockets. offset: the first row that it was given of its job.
-    since: when. owes: what it must answer within so many looks.
+    timer: rings when its job is late. run: counts its jobs; by it they are told apart on its sockets. offset: the first
+    row that it was given of its job. since: when. owes: what it must answer within so many looks.
     state: alive, starting, or backing_off (waiting to be started again).
     row_s: what a row took it lately; one that isn't used is slowly forgiven. n_changes: of items, told at its start.
     """
@@ -92,6 +92,7 @@ class _Worker:
     transport: asyncio.WriteTransport = field(init=False)
     control: socket.socket = field(init=False)
     job: _Job | None = None
+    timer: asyncio.TimerHandle = field(init=False)
     run: int = 0
     offset: int = 0
     since: float = 0.0
@@ -185,23 +186,22 @@ class WorkerPool:
 
         job = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
         in_s = deadline.limit(1.0, time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
-        hurry = asyncio.get_running_loop().call_later(in_s, self._stop, job)
+        loop = asyncio.get_running_loop()
+        timers = loop.call_later(in_s, self._stop, job), loop.call_at(until, self._is_overdue, job)
         try:
             told: Told = await job.answer
         finally:
-            hurry.cancel()
+            for timer in timers:
+                timer.cancel()
         costs = zip((*self.given.costs, self.cost), told.reports, (0.0, 0.0, ROUND_TRIP_S), strict=False)
         for cost, report, way_s in costs if told.is_searched else ():
             cost.learn(report, way_s)
         return told
 
     def _take(self, kind: Kind, n: int, until: float, says: Callable[[int], object], deliver: Deliver) -> _Job:
-        loop = asyncio.get_running_loop()
-        job = _Job(kind, n, until, says, deliver, loop.create_future())
+        job = _Job(kind, n, until, says, deliver, asyncio.get_running_loop().create_future())
         self.backlog += n
         job.answer.add_done_callback(lambda _: self._ended(job))
-        if kind is Kind.RANK:
-            loop.call_at(until, self._is_overdue, job)
         self.queue.append(job)
         self._hand_out()
         return job
@@ -248,15 +248,14 @@ class WorkerPool:
             self.hedges.earn(job.n_left)
         worker.transport.write(frame(job.kind, self.own, worker.run, job.says(job.done)))
         after_s = late_after(self.cost.seconds(job.n_left))
-        asyncio.get_running_loop().call_later(after_s, self._is_late, worker, worker.run)
+        worker.timer = asyncio.get_running_loop().call_later(after_s, self._is_late, job)
 
     def _who_has(self, job: _Job) -> list[_Worker]:
         return [worker for worker in self.workers if worker.job is job]
 
-    def _is_late(self, worker: _Worker, run: int) -> None:
-        if worker.job and worker.run == run:
-            self.late.append(worker.job)
-            self._hand_out()
+    def _is_late(self, job: _Job) -> None:
+        self.late.append(job)
+        self._hand_out()
 
     def _deliver(self, worker: _Worker, job: _Job, got: Slice) -> bool:
         """Deliver what is new in a slice, for another worker may have been faster. Returns whether it is the last."""
@@ -378,6 +377,8 @@ class WorkerPool:
 
     def _release(self, worker: _Worker) -> None:
         """It works on nothing any more."""
+        if worker.job:
+            worker.timer.cancel()
         worker.job = None
         worker.owes.pop(Kind.STOP, None)
         self._hand_out()
