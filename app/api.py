@@ -93,8 +93,7 @@ def admin_routes(service: Service) -> APIRouter:
 def _of_serving(held: Serving) -> dict[str, Any]:
     manifest = held.generation.manifest
     lives = {"digest": held.generation.digest, "age_s": round(time.monotonic() - held.loaded_at, 1)}
-    lives["epoch"] = held.generation.live.epoch
-    works = {"inflight": held.inflight, "workers": held.pool.pids()}
+    works = {"inflight": held.inflight, "workers": held.pool.pids(), "epoch": held.generation.live.epoch}
     holds = {"items": manifest.retrievers[0].n, "retriever": manifest.retrievers[0], "path": str(held.generation.path)}
     shown = {"name", "version", "created", "funnel", "offline_metrics"}
     return lives | works | holds | manifest.model_dump(include=shown)

@@ -148,9 +148,10 @@ class Generation:
 
     @cached_property
     def filterable(self) -> tuple[str, ...]:
-        """Item tables that a filter may name: numbers or categories, one or a few a row."""
-        numbers = {n: t for n, t in self.tables.items() if t.dtype.kind in "iuf" and t.ndim <= 2}
-        return tuple(n for n in numbers if n != "embedding" and not n.startswith(HOISTED))
+        """Item tables that a filter may name: a number a row, or one or a few categories."""
+        kinds = {1: "iuf", 2: "iu"}  # by axes
+        numbers = {n for n, t in self.tables.items() if t.dtype.kind in kinds.get(t.ndim, "")}
+        return tuple(n for n in self.tables if n in numbers and not n.startswith(HOISTED))
 
 
 def run_model(session: ort.InferenceSession, feeds: Arrays, options: ort.RunOptions | None = None) -> Array:

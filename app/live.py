@@ -23,7 +23,7 @@ from app.bundle import HOISTED, ITEMS, NO_ROW, Generation, Ids, Room
 from app.errors import BundleError, ClientError, Conflict, FieldError, InvalidRequest, ServerError, require, shown
 from app.features import LARGEST, ROW
 from app.flow import Array, Live, sealed
-from app.wire import ItemsRequest, NewItem, parse
+from app.wire import SHOWN_ERRORS, ItemsRequest, NewItem, parse
 
 # Of mmap(2), and not in Python's: at this address and no other; without room in the swap; the answer to a refusal.
 FIXED, NO_RESERVE, FAILED = 0x10, 0x4000, ctypes.c_void_p(-1).value
@@ -86,13 +86,13 @@ def checked(generation: Generation, asked: ItemsRequest) -> Change:
     require(is_open or not items, f"this bundle can lose items but get none: {why}", Conflict)
     left = len(generation.room.tables["ids"]) - generation.live.n_added
     require(len(items) <= left, f"WINNOW_LIVE_ROOM leaves {left} more items; a new bundle makes room", Conflict)
-    columns = {"ids": _ids(generation, items)} if items else {}
-    for name, table in generation.tables.items() if items else ():
-        columns[name] = _column(generation, name, table, items)
-    for i, item in enumerate(items):
-        if others := item.tables.keys() - generation.tables.keys():
-            where = f"add.{i}.tables.{min(others)}"
-            raise InvalidRequest(FieldError(where, None, f"no such table; allowed: {', '.join(generation.tables)}"))
+    columns: dict[str, Any] = {"ids": _ids(generation, items)} if items else {}
+    columns |= {name: _column(generation, name, table, items) for name, table in generation.tables.items() if items}
+    wrong = [column for column in columns.values() if isinstance(column, FieldError)]
+    fields = (f"add.{i}.tables.{name}" for i, item in enumerate(items) for name in item.tables.keys() - columns.keys())
+    wrong += [FieldError(field, None, f"no such table; allowed: {', '.join(generation.tables)}") for field in fields]
+    if wrong:
+        raise InvalidRequest(*wrong[:SHOWN_ERRORS])
     after, removed = _next(generation, asked)
     counts = {"epoch": after.epoch, "added": len(items), "removed": removed, "unknown": len(asked.remove) - removed}
     return Change(columns, [item.id for item in items], after, asked.model_dump_json().encode(), counts)
@@ -121,8 +121,8 @@ def _ids(generation: Generation, items: Sequence[NewItem]) -> Array:
     return np.array(ids, generation.ids.ids.dtype)
 
 
-def _column(generation: Generation, name: str, table: Array, items: Sequence[NewItem]) -> Array:
-    """[n, ...] in the table's own type, converted at once; where that fails, one by one, to name the first."""
+def _column(generation: Generation, name: str, table: Array, items: Sequence[NewItem]) -> Array | FieldError:
+    """[n, ...] in the table's own type, converted at once; where that fails, the first that is wrong, one by one."""
     is_embedding, vocab = name == "embedding", generation.vocab.get(name, {})
     values = [item.embedding if is_embedding else item.tables.get(name) for item in items]
     try:
@@ -131,11 +131,11 @@ def _column(generation: Generation, name: str, table: Array, items: Sequence[New
         for i, value in enumerate(values):
             try:
                 _cast([value], table, vocab)
-            except (ValueError, TypeError) as e:
+            except (ValueError, TypeError):
                 where, size = "embedding" if is_embedding else f"tables.{name}", int(np.prod(table.shape[1:]))
                 names = f", or one of {', '.join(list(vocab)[:5])}, …" if vocab else ""
-                form = f"{size} of type {table.dtype}{names}"
-                raise InvalidRequest(FieldError(f"add.{i}.{where}", shown(value), form)) from e
+                form = f"{'missing: ' if value is None else ''}{size} of type {table.dtype}{names}"
+                return FieldError(f"add.{i}.{where}", shown(value), form)
         raise
 
 
@@ -164,8 +164,7 @@ def apply(generation: Generation, change: Change) -> None:
     room, first = generation.room, generation.live.n_added
     for name, column in change.columns.items():
         room.tables[name][first : first + len(column)] = column
-    begin = generation.n_items
-    generation.ids.added |= dict(zip(change.added, range(begin, begin + len(change.added)), strict=True))
+    generation.ids.added |= {item: generation.n_items + i for i, item in enumerate(change.added)}
     room.live = change.after
 
 

@@ -327,6 +327,8 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
         allowed = ", ".join(generation.filterable) or "none in this bundle"
         raise InvalidRequest(FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}"))
     vocab = generation.vocab.get(part.field)
+    if vocab is not None and (part.gte, part.lte) != (None, None):
+        raise InvalidRequest(FieldError(where, shown(part.field), "eq or in: category names have no order"))
     key, wanted = ("in", part.one_of) if part.eq is None else ("eq", [part.eq])
     values = None if wanted is None else np.array([_number(f"{where}.{key}", v, vocab) for v in wanted], np.float64)
     return Filter(part.field, values, part.gte, part.lte)

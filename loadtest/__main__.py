@@ -43,11 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     runs = {}
     for name, (module, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what)
-        loaded = import_module(module)
+        try:
+            loaded = import_module(module)
+        except ModuleNotFoundError as e:
+            parser.error(f"{e.name} isn't installed: `make install` installs what load tests need")
         loaded.add_arguments(command)
         runs[name] = command, loaded.run
     parsed = parser.parse_args(arguments)

@@ -35,13 +35,20 @@ class Bars:
     late_s: float = math.inf
 
     def are_met(self, seen: Observed) -> bool:
-        return bool(
-            seen.is_ok.mean() >= self.answered
-            and covered(seen) >= self.coverage
-            and seen.percentile_s(99) <= self.p99_s
-            and narrowed(seen) <= self.narrowed
-            and np.quantile(seen.sent_late_s, 0.99) <= self.late_s
-        )
+        return not self.missed(seen)
+
+    def missed(self, seen: Observed) -> list[str]:
+        """Of a run, in words."""
+        answered, p99_s = float(seen.is_ok.mean()), seen.percentile_s(99)
+        late_s = float(np.quantile(seen.sent_late_s, 0.99))
+        bars = {
+            f"answered {answered:.4f} < {self.answered:g}": answered >= self.answered,
+            f"coverage {covered(seen):.4f} < {self.coverage:g}": covered(seen) >= self.coverage,
+            f"p99 {p99_s * 1e3:.1f} ms > {self.p99_s * 1e3:g}": p99_s <= self.p99_s,
+            f"narrowed by load {narrowed(seen):.4f} > {self.narrowed:g}": narrowed(seen) <= self.narrowed,
+            f"the generator itself was late, by {late_s * 1e3:.1f} ms > {self.late_s * 1e3:g}": late_s <= self.late_s,
+        }
+        return [what for what, is_met in bars.items() if not is_met]
 
 
 class HasMetrics(Protocol):
@@ -73,11 +80,10 @@ def find(
             settle(server)
         before()
         seen = attack(poisson(rate, seconds))
-        p99_s = seen.percentile_s(99)
-        is_held, narrow = bars.are_met(seen), f", {narrowed(seen):.3f} narrowed by load" if bars.narrowed < 1 else ""
-        holding = "held" if is_held else "not held"
-        say(f"  {rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms, coverage {covered(seen):.3f}{narrow}: {holding}")
-        return is_held
+        missed, p99_ms = bars.missed(seen), seen.percentile_s(99) * 1e3
+        holding = f"not held: {', '.join(missed)}" if missed else "held"
+        say(f"  {rate:.0f}/s: p99 {p99_ms:.1f} ms, coverage {covered(seen):.3f}: {holding}")
+        return not missed
 
     rate = search.highest_rate(holds, start, within=within, growth=growth)
     if not rate:

@@ -392,9 +392,8 @@ class WorkerPool:
             self.metrics.shard("lost", 0.0)
             self.queue.appendleft(job)
         self._release(worker)
-        for waiting in self.queue if not self.ready else ():
-            if waiting.kind is Kind.RANK:  # these have other ways
-                self._fail(waiting, StageFailed("no worker is alive"))
+        for waiting in [j for j in self.queue if j.kind is Kind.RANK and not self.ready]:  # these have other ways
+            self._fail(waiting, StageFailed("no worker is alive"))
 
     def _ask(self, worker: _Worker, kind: Kind, n_looks: int = SILENT) -> None:
         """A ping, or to stop its run; not again while it owes the answer."""

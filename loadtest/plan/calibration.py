@@ -15,6 +15,7 @@ from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
 FORMAT = 6
+MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 STAGES = ("retrieval", "preranking", "reranking")
 SIZES = ("items", "width", "model")
 
@@ -122,6 +123,17 @@ class Calibration:
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)
     is_quick: bool = False
+
+    @property
+    def doubt(self) -> str | None:
+        """Why no plan should be trusted that is made from it, if that is so."""
+        if self.is_quick:
+            return "a quick calibration only shows that it works"
+        if len(self.loaded) < LEAST_RUNS:
+            return f"only {len(self.loaded)} of its runs under load could be used"
+        if not self.error <= MOST_ERROR:
+            return f"its simulation is off by {self.error:.0%} on its own {len(self.loaded)} runs"
+        return None
 
 
 def write(calibration: Calibration, file: Path) -> None:

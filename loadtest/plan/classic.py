@@ -34,6 +34,13 @@ class Sum:
         """What a lone request takes."""
         return math.ceil(self.documents / shards) * self.document_s + shards * self.fan_out_s
 
+    def hinders(self, qps: float, shards: int, p99_s: float) -> str:
+        """Why no number of workers is enough; for when there is none."""
+        if self.alone_s(shards) > p99_s + ROUNDING_S:
+            return "a lone request is too slow"
+        share = qps * shards * self.fan_out_s
+        return f"dealing out takes {share:.0%} of its one core" if share else "no number of workers is enough"
+
     def fewest(self, qps: float, shards: int) -> int:
         """Workers that are 97 % busy at this rate."""
         return max(shards, math.ceil(qps * self.documents * self.document_s / BUSIEST))
@@ -53,8 +60,8 @@ class Sum:
         return p50, p99
 
     def workers(self, qps: float, shards: int, p99_s: float) -> int:
-        """The fewest workers at which p99 holds; 0 when a lone request is too slow already."""
-        if self.alone_s(shards) > p99_s + ROUNDING_S:
+        """The fewest workers at which p99 holds; 0 when there is no such number."""
+        if self.alone_s(shards) > p99_s + ROUNDING_S or qps * shards * self.fan_out_s > BUSIEST:
             return 0
         workers = self.fewest(qps, shards)
         for _ in range(MOST_TRIES):

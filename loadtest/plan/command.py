@@ -80,7 +80,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (CalibrationError, ValueError, RuntimeError, OSError) as e:
-        print(f"refused: {e}", file=sys.stderr)
+        why = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        print(f"refused: {why}", file=sys.stderr)
         return 2
 
 
@@ -112,7 +113,7 @@ def _calibration(parser: argparse.ArgumentParser, parsed: argparse.Namespace) ->
     if parsed.complexity:
         known = complexity.measured(known, parsed.bundle or Path(known.path), say, is_quick=parsed.quick)
     calibration.write(known, parsed.calibration)
-    say(f"kept in {parsed.calibration}")
+    say(f"kept in {parsed.calibration}" + (f"; NOT TO BE TRUSTED: {known.doubt}" if known.doubt else ""))
     return known
 
 
@@ -130,6 +131,10 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
         workers=parsed.workers,
         price=parsed.price,
     )
+    if not full["k"] <= question.rerank <= question.retrieve <= question.items:
+        allowed = f"allowed is k = {full['k']} <= rerank <= retrieve <= items"
+        shown = f"--rerank {question.rerank}, --retrieve {question.retrieve}, --items {question.items:,}"
+        raise ValueError(f"{shown}: {allowed}")
     if parsed.quality_floor is not None:
 
         def cpu_s(retrieve: int, rerank: int) -> float:
@@ -140,7 +145,8 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
         print("\n".join(report.choice_lines(choice, cpu_s(full["retrieve"], full["rerank"]), parsed.quality_floor)))
         question = replace(question, retrieve=choice.retrieve, rerank=choice.rerank)
     if parsed.what_if:
-        return what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question))
+        said = report.asked(question)
+        return what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question), said)
     plan = planning.plan(known, question)
     is_other = question.items != known.items
     kind = memory.kind_for(question.items, known.d, question.retrieve) if is_other else known.kind
@@ -149,7 +155,7 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
     print("\n".join(report.plan_lines(known, question, plan, held)))
     times = memory.machine_bytes(known, tables, known.items, known.kind, known.base.workers) / known.memory.pss
     print(f"{'memory':<20}  by formula, which gives {times:.2f} times the PSS measured of what was calibrated")
-    return 0
+    return 1 if known.doubt and not known.is_quick else 0
 
 
 def _with(question: Question, name: str, value: float) -> Question:
@@ -165,11 +171,16 @@ def _columns(known: Calibration, question: Question) -> dict[str, float]:
         "highest rate /s": plan.rate.likely,
         "rate low": plan.rate.low,
         "rate high": plan.rate.high,
-        "p50 ms": plan.p50_s.likely * 1e3,
-        "p99 ms": plan.p99_s.likely * 1e3,
-        "p99 low": plan.p99_s.low * 1e3,
-        "p99 high": plan.p99_s.high * 1e3,
+        "p50 ms": _ms(plan.p50_s.likely),
+        "p99 ms": _ms(plan.p99_s.likely),
+        "p99 low": _ms(plan.p99_s.low),
+        "p99 high": _ms(plan.p99_s.high),
     }
+
+
+def _ms(seconds: float) -> float:
+    """Infinite where a queue grows without end."""
+    return seconds * 1e3 if seconds < report.ENDLESS_S else math.inf
 
 
 def _charts(question: Question) -> list[tuple[str, tuple[tuple[str, str, str], ...], float | None]]:
@@ -213,11 +224,15 @@ def _by_hand(parsed: argparse.Namespace) -> int:
             ("Latency, ms", (("a lone request ms", "", ""), ("p99 ms", "", "")), parsed.p99 * 1e3),
             (f"Workers for {parsed.qps:g} requests a second", (("workers", "", ""),), None),
         ]
-        return what_if(parsed, vary, columns, drawn)
-    found = {}
+        by_hand = f"{parsed.qps:g} requests a second, p99 <= {parsed.p99 * 1e3:g} ms, {shards} shards of"
+        said = f"{by_hand} {asked.documents:,} documents at {asked.document_s * 1e3:g} ms"
+        return what_if(parsed, vary, columns, drawn, said)
+    found: dict[int, tuple[int, planning.Interval, planning.Interval] | str] = {}
     for n in parsed.shards:
-        workers = asked.workers(parsed.qps, n, parsed.p99)
-        found[n] = (workers, *(asked.percentiles_s(parsed.qps, n, workers) if workers else NONE))
+        if workers := asked.workers(parsed.qps, n, parsed.p99):
+            found[n] = workers, *asked.percentiles_s(parsed.qps, n, workers)
+        else:
+            found[n] = asked.hinders(parsed.qps, n, parsed.p99)
     print(f"{parsed.qps:,.0f} requests a second, p99 <= {parsed.p99 * 1e3:g} ms")
     print("\n".join(report.classic_lines(asked, parsed.shards, parsed.items, found)))
     return 0

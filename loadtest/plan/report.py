@@ -17,8 +17,9 @@ TYPICAL_D = 64  # dimensions assumed of a catalogue that is only a number
 def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_bytes: float) -> Iterator[str]:
     """What the plan is, and then how far to trust it."""
     c, qps = plan.configuration, question.qps
-    asked = f"{qps:,.0f} requests a second, p99 <= {question.p99_s * 1e3:g} ms, {question.items:,} items"
-    yield f"{asked}, widths {c.retrieve} -> {c.rerank}"
+    yield asked(question)
+    if calibration.doubt:
+        yield f"DO NOT TRUST IT: {calibration.doubt}; calibrate again on a machine that has nothing else to do"
     yield ""
     if plan.machines:
         tried = ", ".join(f"{w}: {r:.0f}/s" for w, r in plan.by_workers.items())
@@ -39,6 +40,12 @@ def plan_lines(calibration: Calibration, question: Question, plan: Plan, memory_
     yield from _provenance(calibration, question, plan)
 
 
+def asked(question: Question) -> str:
+    """The question in words."""
+    of = f"{question.qps:,.0f} requests a second, p99 <= {question.p99_s * 1e3:g} ms, {question.items:,} items"
+    return f"{of}, widths {question.retrieve} -> {question.rerank}"
+
+
 def of_load(calibration: Calibration) -> str:
     """What was fitted on the runs under load, in words."""
     cold, more = calibration.warmth
@@ -48,8 +55,7 @@ def of_load(calibration: Calibration) -> str:
 
 def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Iterator[str]:
     """Which numbers were measured here, which fitted, simulated, extrapolated."""
-    quick = "; a quick one, no measurement" if calibration.is_quick else ""
-    where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base}{quick}"
+    where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base} (a narrower copy)"
     yield _row("measured", where)
     runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
     yield _row(
@@ -126,20 +132,18 @@ def choice_lines(choice: Choice, whole_s: float, floor: float) -> Iterator[str]:
 
 
 def classic_lines(
-    classic: Sum, shards: Sequence[int], items: int | None, found: Mapping[int, tuple[int, Interval, Interval]] | None
+    classic: Sum, shards: Sequence[int], items: int | None, found: Mapping[int, tuple[int, Interval, Interval] | str]
 ) -> Iterator[str]:
-    """found: of each number of shards, workers, p50 and p99 at the rate asked for."""
+    """found: of each number of shards, workers, p50 and p99 at the rate asked for; or why there are none."""
     yield f"{classic.documents:,} documents at {classic.document_s * 1e3:g} ms each, by hand: nothing here was measured"
     yield ""
-    head = "shards  a lone request"
-    yield head + ("   workers for the rate   p50, p99 by simulation" if found else "")
+    yield "shards  a lone request   workers for the rate   p50, p99 by simulation"
     for n in shards:
-        row = f"{n:6d}  {classic.alone_s(n) * 1e3:11,.1f} ms"
-        if found:
-            workers, p50, p99 = found[n]
-            says = f"{workers:,}".rjust(18) + f"       {_ms(p50)}, {_ms(p99)}"
-            row += says if workers else "none: a lone request is too slow".rjust(40)
-        yield row
+        row, met = f"{n:6d}  {classic.alone_s(n) * 1e3:11,.1f} ms", found[n]
+        if isinstance(met, str):
+            yield f"{row}        none: {met}"
+        else:
+            yield f"{row}{met[0]:18,}       {_ms(met[1])}, {_ms(met[2])}"
     if items:
         alone_h = items * classic.document_s / 3600
         kind = kind_for(items, TYPICAL_D, classic.documents)

@@ -49,10 +49,12 @@ def what_if(
     vary: Callable[[str, float], Any],
     columns: Callable[[Any], dict[str, float]],
     drawn: list[tuple[str, tuple[tuple[str, str, str], ...], float | None]],
+    fixed: str,
 ) -> int:
     """Print the table and draw it. Returns the exit code.
 
     vary: what is asked, with the parameter at a value. columns: what is told of it. drawn: title, curves, level.
+    fixed: what else is asked, in words.
     """
     name, x = parsed.what_if.name, parsed.what_if.values
     rows = [columns(vary(name, value)) for value in x]
@@ -61,7 +63,7 @@ def what_if(
     table = [heads, *([_told(row[head]) for head in heads] for row in cells)]
     spaces = [max(len(line[i]) for line in table) for i in range(len(heads))]
     text = "\n".join("  ".join(cell.rjust(space) for cell, space in zip(line, spaces, strict=True)) for line in table)
-    print(text)
+    print(f"{fixed}; {name} varies\n\n{text}")
 
     def column(which: str) -> list[float]:
         return [row[which] for row in rows] if which else []
@@ -72,11 +74,12 @@ def what_if(
         own = level if name != "p99" else None  # a level that is varied is no level
         charts.append(draw.chart(title, name, x, made, own))
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    said = f"python -m loadtest plan --what-if {name}={x[0]:g}..{x[-1]:g}, by simulation; docs/capacity.md says how."
+    asked = f"python -m loadtest plan --what-if {name}={x[0]:g}..{x[-1]:g}"
+    said = f"{fixed}: {asked}, by simulation; docs/capacity.md says how."
     parsed.out.write_text(draw.page(f"What if: {name}", said, charts, text))
     print(f"\ndrawn in {parsed.out}")
     return 0
 
 
 def _told(value: float) -> str:
-    return f"{value:,.4g}" if math.isfinite(value) else "none"
+    return f"{value:,.4g}" if math.isfinite(value) else "none" if math.isnan(value) else "endless"

@@ -405,6 +405,8 @@ WRONG = [
     ({"filters": [{"field": "colour", "eq": 1}]}, "filters.0.field", "colour", "genres, year"),
     ({"filters": [{"field": "title", "eq": "Item 01"}]}, "filters.0.field", "title", "genres, year"),
     ({"filters": [{"field": "embedding", "gte": 0}]}, "filters.0.field", "embedding", "genres, year"),
+    ({"filters": [{"field": "genres", "gte": 1}]}, "filters.0", "genres", "eq or in"),
+    ({"filters": [{"field": "genres", "eq": "drama", "lte": 1}]}, "filters.0", "genres", "eq or in"),
     ({"filters": [{"field": "year", "eq": "new"}]}, "filters.0.eq", "new", "a number"),
     ({"filters": [{"field": "year", "in": [1, "new"]}]}, "filters.0.in", "new", "a number"),
     ({"filters": [{"field": "year"}]}, "filters.0", "{'field': 'year'}", "one of eq, in, gte, lte is needed"),

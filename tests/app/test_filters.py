@@ -190,6 +190,11 @@ def test_of_several_values_any_may_satisfy_the_condition(condition, expected):
     assert matches(condition, values).tolist() == expected
 
 
+def test_vectors_of_numbers_are_no_conditions(generation):
+    vectors = {"static": np.zeros((world.N, 3), np.float32), "price": np.zeros(world.N, np.float16)}
+    assert replace(generation, tables=generation.tables | vectors).filterable == ("genres", "year", "price")
+
+
 def test_numbers_are_compared_in_the_tables_own_type():
     tenth = np.array([0.1], np.float32)
     assert matches(Filter("t", np.array([0.1])), tenth).tolist() == [True]

@@ -251,6 +251,15 @@ def test_what_does_not_fit_is_refused_by_its_field_and_changes_nothing(catalogue
     assert catalogue.ids.added == {}
 
 
+def test_all_that_is_missing_is_said_at_once(catalogue):
+    with pytest.raises(InvalidRequest) as refused:
+        change(catalogue, add=[{"id": 7, "embedding": [0.0] * 8, "tables": {"price": 1}}])
+    told = {e.field: e.allowed for e in refused.value.errors}
+    assert set(told) == {f"add.0.tables.{name}" for name in ("genres", "title", "year", "price")}
+    assert told["add.0.tables.genres"].startswith("missing: 2 of type int16, or one of")
+    assert told["add.0.tables.price"].startswith("no such table")
+
+
 def test_room_that_is_used_up_is_a_conflict(catalogue):
     change(catalogue, add=[item(n, n) for n in range(3)])
     with pytest.raises(Conflict, match="WINNOW_LIVE_ROOM leaves 1 more"):

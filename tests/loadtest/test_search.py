@@ -1,8 +1,11 @@
 """The search for the highest rate, and the ramp to the peak, over runs that are arithmetic."""
 
+import numpy as np
 import pytest
 
+from loadtest.capacity import Bars
 from loadtest.search import highest_rate, peak
+from tests.loadtest.lab.made import observed
 
 
 @pytest.mark.parametrize("capacity", [7.0, 50.0, 333.0, 2_000.0])
@@ -35,3 +38,15 @@ def test_the_peak_is_the_best_of_the_ramp():
     assert (best, rate) == (100, pytest.approx(10 * 1.3**9))  # the first step over 100
     last = 10 * 1.3**8  # under 100
     assert peak(lambda rate: rate if rate <= 100 else 0.0, 10.0) == pytest.approx((last, last))
+
+
+def test_a_run_that_holds_nothing_says_which_bars_it_missed():
+    bars = Bars(p99_s=0.05, narrowed=0.01, late_s=0.005)
+    assert bars.missed(observed()) == []
+    late = observed(sent_late_s=np.full(400, 0.006))
+    assert bars.missed(late) == ["the generator itself was late, by 6.0 ms > 5"]
+    slow = observed(latency_s=np.full(400, 0.06), reranked=np.full(400, 98.0))
+    assert bars.missed(slow) == ["coverage 0.9800 < 0.99", "p99 60.0 ms > 50"]
+    causes = [("reranking narrowed_by_load",)] * 8 + [()] * 392
+    assert bars.missed(observed(causes=causes)) == ["narrowed by load 0.0200 > 0.01"]
+    assert bars.missed(observed(status=np.full(400, 503, np.int16)))[0] == "answered 0.0000 < 0.999"

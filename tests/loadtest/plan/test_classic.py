@@ -27,3 +27,11 @@ def test_workers_are_enough_for_the_work_and_for_the_p99(monkeypatch: pytest.Mon
 
 def test_no_number_of_workers_helps_a_lone_request_that_is_too_slow() -> None:
     assert CLASSIC.workers(1, 1, 0.1) == 0
+    assert CLASSIC.hinders(1, 1, 0.1) == "a lone request is too slow"
+
+
+def test_no_number_of_workers_helps_who_deals_out() -> None:
+    dealt = Sum(500, 1e-3, 1e-3)
+    assert dealt.alone_s(10) <= 0.1
+    assert dealt.workers(100, 10, 0.1) == 0
+    assert dealt.hinders(100, 10, 0.1) == "dealing out takes 100% of its one core"

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from loadtest.__main__ import main
 from loadtest.plan import classic, planning
 from loadtest.plan.bundles import contents_of, manifest_of
-from loadtest.plan.calibration import write
+from loadtest.plan.calibration import Loaded, read, write
 from loadtest.plan.command import seconds, whole
 from loadtest.plan.what_if import varied
 from tests.loadtest.plan.made import calibration
@@ -25,7 +27,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def known(tmp_path: Path, bundle: Path) -> list[str]:
     contents = contents_of(manifest_of(bundle))
-    write(calibration(items=50, bundle="tiny", path=str(bundle), contents=contents), tmp_path / "c.json")
+    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, (2e-3,), 10.0)
+    made = calibration(items=50, bundle="tiny", path=str(bundle), contents=contents, loaded=(run, run), error=0.1)
+    write(made, tmp_path / "c.json")
     return ["--calibration", str(tmp_path / "c.json")]
 
 
@@ -52,7 +56,7 @@ def test_a_plan_says_what_was_measured_and_what_was_not(
 def test_a_plan_in_which_workers_share_a_request_says_what_it_assumes(
     known: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--qps", "10", "--workers", "2", "--bundle", str(bundle), *known]
+    asked = ["--qps", "10", "--workers", "2", "--items", "5000", "--retrieve", "4000", "--bundle", str(bundle), *known]
     assert main(["plan", "--rerank", "128", *asked]) == 0
     assert "assumed               the event loop" not in capsys.readouterr().out
     assert main(["plan", "--rerank", "4000", *asked]) == 0  # 40 ms for one worker
@@ -67,12 +71,42 @@ def test_a_quality_floor_chooses_the_widths(known: list[str], bundle: Path, caps
     assert "cheapest widths that keep 70.0% of NDCG" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("widths", [["--rerank", "41"], ["--rerank", "4"], ["--retrieve", "51"]])
+def test_widths_that_no_funnel_has_are_refused(
+    known: list[str], bundle: Path, widths: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *widths, *known, "--bundle", str(bundle)]) == 2
+    assert "allowed is k = 5 <= rerank <= retrieve <= items" in capsys.readouterr().err
+
+
+def test_a_plan_from_a_calibration_in_doubt_misses_its_bar(
+    known: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.json"
+    write(replace(read(file), error=1.57), file)
+    assert main(["plan", *known, "--bundle", str(bundle)]) == 1
+    assert "DO NOT TRUST IT: its simulation is off by 157% on its own 2 runs" in capsys.readouterr().out
+
+
+def test_a_library_that_isnt_installed_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "hdrh.histogram", None)
+    for module in [name for name in sys.modules if name.startswith("loadtest.lab")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--doc-ms", "1"])
+    assert ended.value.code == 2
+    assert "isn't installed: `make install`" in capsys.readouterr().err
+
+
 def test_what_if_prints_a_table_and_draws_it(
     known: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "made/plan.html"), "--workers", "2", "--bundle", str(bundle)]
     assert main(["plan", "--what-if", "rerank=31..32", *known, *out]) == 0
-    table = capsys.readouterr().out
+    fixed, _, table = capsys.readouterr().out.partition("\n\n")
+    assert fixed == "100 requests a second, p99 <= 100 ms, 50 items, widths 40 -> 32; rerank varies"
     assert table.split()[0] == "rerank"
     text = (tmp_path / "made/plan.html").read_text()
     assert text.count("<svg") == 3

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from loadtest.plan import planning
+from loadtest.plan.calibration import Loaded
 from loadtest.plan.costs import Exponent
 from loadtest.plan.planning import Question, highest_rate, plan, variants
 from loadtest.plan.recipe import model
+from loadtest.plan.report import plan_lines
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration
 
 QUESTION = Question(qps=1_000, p99_s=0.05, items=1_000_000, retrieve=500, rerank=128, cores=2, workers=2, price=0.36)
@@ -54,6 +56,26 @@ def test_an_sla_under_a_lone_request_has_no_rate() -> None:
     assert made.machines == 0
     assert made.per_million is None
     assert made.headroom == {}
+
+
+def test_a_request_that_takes_longer_than_the_sla_is_never_planned_however_seldom_it_comes() -> None:
+    made = plan(CALIBRATION, replace(QUESTION, items=10**12, qps=1.0))  # retrieval alone takes a second
+    assert made.stage_s["retrieval"] > 10 * QUESTION.p99_s
+    assert made.machines == 0
+    assert made.rate.likely == 0
+
+
+def test_a_calibration_that_its_own_runs_contradict_is_doubted() -> None:
+    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, (2 * MS,), 10.0)
+    good = calibration(loaded=(run, run), error=0.2)
+    assert good.doubt is None
+    assert "off by 157%" in str(replace(good, error=1.57).doubt)
+    assert "nan" in str(replace(good, error=math.nan).doubt)
+    assert "only 1" in str(replace(good, loaded=(run,)).doubt)
+    bad = replace(good, error=1.57)
+    said = list(plan_lines(bad, QUESTION, plan(bad, QUESTION), 1e9))
+    assert said[1].startswith("DO NOT TRUST IT")
+    assert not any("TRUST" in line for line in plan_lines(good, QUESTION, plan(good, QUESTION), 1e9))
 
 
 def test_the_highest_rate_keeps_the_sla_and_stays_under_the_bound() -> None:
