@@ -149,7 +149,7 @@ def _planned(parsed: argparse.Namespace, known: Calibration) -> int:
         return what_if(parsed, partial(_with, question), partial(_columns, known), _charts(question), said)
     plan = planning.plan(known, question)
     is_other = question.items != known.items
-    kind = memory.kind_for(question.items, known.d, question.retrieve) if is_other else known.kind
+    kind = memory.kind_for(question.items, question.retrieve) if is_other else known.kind
     tables = memory.tables(bundle)
     held = memory.machine_bytes(known, tables, question.items, kind, plan.configuration.workers)
     print("\n".join(report.plan_lines(known, question, plan, held)))

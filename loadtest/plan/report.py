@@ -78,7 +78,7 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
         likely, low, high = grows.growth(question.items / calibration.items)
         yield _row("extrapolated", f"retrieval at {question.items:,} items from {calibration.items:,}, with the power")
         yield _row("", f"{grows}: {likely:.3g} times ({low:.3g} to {high:.3g})")
-        if calibration.kind != (kind := kind_for(question.items, calibration.d, question.retrieve)):
+        if calibration.kind != (kind := kind_for(question.items, question.retrieve)):
             yield _row("", f"its index would be {kind}, and {calibration.kind} was measured")
     yield ""
     yield from cost_lines(calibration)
@@ -146,7 +146,7 @@ def classic_lines(
             yield f"{row}{met[0]:18,}       {_ms(met[1])}, {_ms(met[2])}"
     if items:
         alone_h = items * classic.document_s / 3600
-        kind = kind_for(items, TYPICAL_D, classic.documents)
+        kind = kind_for(items, classic.documents)
         size = index_bytes(kind, items, TYPICAL_D) / GIB
         yield ""
         yield f"all {items:,} documents would take {alone_h:,.1f} h: a funnel finds the {classic.documents:,} first"

@@ -25,9 +25,8 @@ def test_an_index_has_the_bytes_of_the_formula(kind: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("items", [20_000, 20_001, 1_000_000, 1_000_001, 4_000_000, 4_000_001, 10**8])
 @pytest.mark.parametrize("width", [500, 501])
-@pytest.mark.parametrize("d", [64, 63])
-def test_the_kind_is_the_one_that_packing_begins_with(items: int, width: int, d: int) -> None:
-    assert memory.kind_for(items, d, width) == index.kind_for(items, d, width)
+def test_the_kind_is_the_one_that_packing_begins_with(items: int, width: int) -> None:
+    assert memory.kind_for(items, width) == index.kind_for(items, width)
 
 
 def test_a_million_items_of_w1_take_what_is_in_its_files() -> None:
