@@ -218,6 +218,7 @@ def n_lists(n: int) -> int:
 
 def _filled(kind: Kind, embeddings: NDArray[Any], say: Say = lambda _: None) -> faiss.Index:
     n, d = embeddings.shape
+    is_long = n > SQ8_MOST  # to make
     metric = faiss.METRIC_INNER_PRODUCT
     if kind == "flat":
         index: faiss.Index = faiss.IndexFlatIP(d)
@@ -229,13 +230,14 @@ def _filled(kind: Kind, embeddings: NDArray[Any], say: Say = lambda _: None) -> 
         index = faiss.index_factory(d, f"IVF{n_lists(n)},{code}", metric)
         index.cp.seed = SEED
         rows = np.random.default_rng(SEED).permutation(n)[: TRAIN_POINTS * n_lists(n)]
-        say(f"index: {kind}, k-means of {len(rows):,} rows in {n_lists(n):,} lists")
+        if is_long:
+            say(f"index: {kind}, k-means of {len(rows):,} rows in {n_lists(n):,} lists")
         index.train(np.ascontiguousarray(embeddings[np.sort(rows)], np.float32))
     # Rows go to lists, one at a time: which, and in what order, doesn't hang on the threads.
     with _threads(1 if kind == "hnsw" else os.cpu_count() or 1), _found_by_graph(index):
         for start, block in _blocks(embeddings):
             index.add(block)
-            if start % (16 * BLOCK) == 0:
+            if is_long and start % (16 * BLOCK) == 0:
                 say(f"index: {kind}, {start + len(block):,} of {n:,} rows")
     return index
 
