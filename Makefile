@@ -77,7 +77,7 @@ bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the serv
 	-$(MAKE) models/bundles/w1-int8/manifest.json  # where it pays; else its bars are missed
 	$(BIN)/python -m loadtest.bench_speed
 
-bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items, made first: nobody has timed it yet
+bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items, made first: half an hour
 	$(BIN)/python -m loadtest.bench_scale
 
 # Debian's package, unpacked and not installed: no root, no service that starts, nothing outside .venv.
