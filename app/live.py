@@ -86,13 +86,13 @@ def checked(generation: Generation, asked: ItemsRequest) -> Change:
     require(is_open or not items, f"this bundle can lose items but get none: {why}", Conflict)
     left = len(generation.room.tables["ids"]) - generation.live.n_added
     require(len(items) <= left, f"WINNOW_LIVE_ROOM leaves {left} more items; a new bundle makes room", Conflict)
-    columns: dict[str, Any] = {"ids": _ids(generation, items)} if items else {}
-    columns |= {name: _column(generation, name, table, items) for name, table in generation.tables.items() if items}
+    columns: dict[str, Any] = {n: _column(generation, n, t, items) for n, t in generation.tables.items() if items}
     wrong = [column for column in columns.values() if isinstance(column, FieldError)]
     fields = (f"add.{i}.tables.{name}" for i, item in enumerate(items) for name in item.tables.keys() - columns.keys())
     wrong += [FieldError(field, None, f"no such table; allowed: {', '.join(generation.tables)}") for field in fields]
     if wrong:
         raise InvalidRequest(*wrong[:SHOWN_ERRORS])
+    columns |= {"ids": _ids(generation, items)} if items else {}
     after, removed = _next(generation, asked)
     counts = {"epoch": after.epoch, "added": len(items), "removed": removed, "unknown": len(asked.remove) - removed}
     return Change(columns, [item.id for item in items], after, asked.model_dump_json().encode(), counts)

@@ -2,7 +2,7 @@
 
     up to 20,000 items     flat      exact: 0.2 ms at d = 64
     up to 1 million        hnsw      efSearch from the width up; only for widths up to 500
-    up to 4 million        ivf_sq8   nprobe, 1.1 × the width fetched and scored exactly
+    up to 20 million       ivf_sq8   nprobe, 1.1 × the width fetched and scored exactly
     above                  ivf_pq    four bits a dimension; nprobe, 4 × the width fetched and scored exactly
 
 The parameter is the smallest that reaches the target on the queries: the tower's outputs for sample requests.
@@ -12,7 +12,8 @@ index: seeds are fixed, a graph is built on one thread, and what a search takes 
 
 Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured anew each time. With
 trained towers, whose best rows score nearly alike, two bits a dimension reach a recall@2,000 of .73 of ten million at
-most; four reach .91 with 128 of 16,384 lists, in the time that eight bits take (5.3 ms, 2 cores, AVX2, 2026-11).
+most; four reach .91 with 128 of 16,384 lists, in the time that eight bits take (5.3 ms, 2 cores, AVX2, 2026-11). But
+eight have fewer rows scored exactly, whose pages count: there the service holds 3.0 GiB with eight, 4.4 with four.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Say = Callable[[str], None]
 
-FLAT_MOST, HNSW_MOST, SQ8_MOST = 20_000, 1_000_000, 4_000_000  # items
+FLAT_MOST, HNSW_MOST, SQ8_MOST = 20_000, 1_000_000, 20_000_000  # items
 # Candidates. A graph visits as many nodes or more. At recall .95 of 100,000 clustered items × 64, graph and inverted
 # file (CPU time, 2026-11): 0.6 and 0.2 ms for 100, 2.0 and 0.5 for 500, 7.1 and 1.6 for 2,000; 23 and 3 s to build.
 HNSW_WIDEST = 500
@@ -47,8 +48,9 @@ HNSW_LINKS, HNSW_BUILD = 32, 80  # efConstruction: recall .998 at 1M items
 WIDEST_HNSW = 16  # × the width: beyond it a graph is slower than a flat index of its size
 LARGEST_PROBED = 4  # at most 1 / 4 of the lists: beyond it the search reads most of the catalogue
 TRAIN_POINTS = 64  # a list; more changes nothing that k-means finds
-MOST_LISTS = 16_384  # k-means over more takes hours, and fast scan makes long lists cheap
-GRAPH_MOST = 4_096  # lists; of more, a graph over their centroids finds each row's, six times as fast
+MOST_LISTS = 16_384  # k-means takes as their square, since each brings its points; fast scan makes long lists cheap
+GRAPH_MOST = 4_096  # lists; of more, a graph over their centroids finds each row's
+LONG = 4_000_000  # rows, from which on it says how far it is
 SEED = 20
 ENOUGH_QUERIES = 50  # different ones; with fewer, items stand in for people
 MOST_QUERIES = 1_000
@@ -218,7 +220,7 @@ def n_lists(n: int) -> int:
 
 def _filled(kind: Kind, embeddings: NDArray[Any], say: Say = lambda _: None) -> faiss.Index:
     n, d = embeddings.shape
-    is_long = n > SQ8_MOST  # to make
+    is_long = n > LONG  # to make
     metric = faiss.METRIC_INNER_PRODUCT
     if kind == "flat":
         index: faiss.Index = faiss.IndexFlatIP(d)
@@ -256,7 +258,7 @@ def _threads(n: int) -> Iterator[None]:
 def _found_by_graph(index: faiss.Index) -> Iterator[None]:
     """Meanwhile rows that are added find their lists by a graph over the centroids, where these are many.
 
-    One in some hundred gets its second-best list; the recall that is measured afterwards knows.
+    Now and then a row gets its second-best list; the recall that is measured afterwards knows.
     """
     lists = faiss.try_extract_index_ivf(index)
     if lists is None or lists.nlist <= GRAPH_MOST:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loadtest.plan.calibration import Calibration
 
-FLAT_MOST, HNSW_MOST, SQ8_MOST, HNSW_WIDEST = 20_000, 1_000_000, 4_000_000, 500
+FLAT_MOST, HNSW_MOST, SQ8_MOST, HNSW_WIDEST = 20_000, 1_000_000, 20_000_000, 500
 KINDS = ("flat", "hnsw", "ivf_sq8", "ivf_pq")
 HNSW_LINKS, MOST_LISTS = 32, 16_384
 BLOCK = 32  # rows

@@ -230,6 +230,7 @@ def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(rando
         ({"add": [item(7, 3, title="a title that is longer than the table's")]}, "add.0.tables.title"),
         ({"add": [item(7, 3, title=5)]}, "add.0.tables.title"),
         ({"add": [item(7, 3, price=5)]}, "add.0.tables.price"),
+        ({"add": [item(7, 3, ids=8)]}, "add.0.tables.ids"),
         ({"add": [{"id": 7, "embedding": [0.0] * 8, "tables": {"year": 1}}]}, "add.0.tables.genres"),
         ({"add": [item("seven", 3)]}, "add.0.id"),
         ({"add": [item(2**70, 3)]}, "add.0.id"),

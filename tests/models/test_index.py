@@ -31,7 +31,8 @@ def silent(_: str) -> None:
         (20_001, 500, "hnsw"),
         (20_001, 501, "ivf_sq8"),
         (1_000_001, 500, "ivf_sq8"),
-        (4_000_001, 500, "ivf_pq"),
+        (20_000_000, 500, "ivf_sq8"),
+        (20_000_001, 500, "ivf_pq"),
     ],
 )
 def test_the_catalogues_size_and_the_width_suggest_the_kind(n: int, width: int, kind: str) -> None:
