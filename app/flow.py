@@ -64,7 +64,7 @@ class Outcome(StrEnum):
 
 def sealed(array: NDArray[A]) -> NDArray[A]:
     """The same array, from now on read-only."""
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array
 
 

@@ -88,8 +88,9 @@ def checked(generation: Generation, asked: ItemsRequest) -> Change:
     require(len(items) <= left, f"WINNOW_LIVE_ROOM leaves {left} more items; a new bundle makes room", Conflict)
     columns: dict[str, Any] = {n: _column(generation, n, t, items) for n, t in generation.tables.items() if items}
     wrong = [column for column in columns.values() if isinstance(column, FieldError)]
-    fields = (f"add.{i}.tables.{name}" for i, item in enumerate(items) for name in item.tables.keys() - columns.keys())
-    wrong += [FieldError(field, None, f"no such table; allowed: {', '.join(generation.tables)}") for field in fields]
+    allowed = ", ".join(names := sorted(columns.keys() - {"embedding"}))  # which has a field of its own
+    fields = (f"add.{i}.tables.{name}" for i, item in enumerate(items) for name in item.tables if name not in names)
+    wrong += [FieldError(field, None, f"no such table; allowed: {allowed}") for field in fields]
     if wrong:
         raise InvalidRequest(*wrong[:SHOWN_ERRORS])
     columns |= {"ids": _ids(generation, items)} if items else {}

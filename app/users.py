@@ -41,14 +41,13 @@ def resolve(
 
 def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, Array]:
     """What was sent, else what the user table has in this row, else the defaults."""
-    specs = generation.manifest.features.of_request
-    fields = {key: spec.filled() for key, spec in specs.items()}
+    specs, fields = generation.manifest.features.of_request, dict[str, Array]()
     for name, table in generation.users.tables.items() if generation.users and row != NO_ROW else ():
         if spec := specs.get(f"user.{name}"):
             fields[f"user.{name}"] = np.asarray(table[row], spec.dtype).reshape(1, *spec.shape)
     for key, value in features.items():
         fields[key] = field_value(re.sub(r"^user\.", "user.features.", key), key, value, generation)
-    return fields
+    return fields | {key: spec.filled() for key, spec in specs.items() if key not in fields}
 
 
 def field_value(where: str, key: str, value: Any, generation: Generation) -> Array:

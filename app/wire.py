@@ -181,15 +181,10 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
         "ignored": dict(query.ignored),
     }
     first = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
-    logged = {
-        "generation": ranking.generation,
-        "epoch": query.live.epoch,
-        "is_known": query.person.is_known,
-        "k": query.k,
-        "n": len(ranking),
-    }
-    logged |= {"history": len(query.person.history), "wanted": fine.wanted, "reranked": fine.done}
-    logged["degraded"] = [f"{d.stage.label}: {d.reason}" for d in lost]
+    why = [f"{d.stage.label}: {d.reason}" for d in lost]
+    logged = {"generation": ranking.generation, "epoch": query.live.epoch, "is_known": query.person.is_known}
+    logged |= {"k": query.k, "n": len(ranking), "history": len(query.person.history)}
+    logged |= {"wanted": fine.wanted, "reranked": fine.done, "degraded": why}
     is_searched = query.candidates is None
     return Told(orjson.dumps(body)[:-1], ranking.reports, lost, first, ranking.extra_s, is_searched, logged)
 

@@ -147,6 +147,16 @@ def noop(size: int) -> Iterator[Server]:
         yield server
 
 
+@contextlib.contextmanager
+def by_hand(bundle: Path, processes: int) -> Iterator[Server]:
+    """The server that is glued by hand over this bundle."""
+    port = free_port()
+    with _started(["loadtest.limits.by_hand", str(port), str(bundle.resolve()), str(processes)], {}, None) as started:
+        server = Server(started[0], port, 0, started[1])
+        server.wait_until_ready()
+        yield server
+
+
 def free_port() -> int:
     """A port that nobody had a moment ago."""
     with socket.socket() as s:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 APP = sorted((ROOT / "app").rglob("*.py"))
 LINES = 3_000  # of code: blank lines, comments and docstrings not counted
-OWED = 495  # over that since faults, overload and live items came in; to be taken out again, never to be added to
+OWED = 491  # over that since faults, overload and live items came in; to be taken out again, never to be added to
 
 
 def name(file: Path) -> str:

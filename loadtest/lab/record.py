@@ -36,14 +36,16 @@ def record(
     counted = seen.due_s >= warm_up_s
     ok, n = seen.is_ok & counted, int(counted.sum())
     latencies = histogram(seen.latency_s[ok])
+    answered = int(ok.sum())
     p50, p90, p99, p999, longest = (
-        latencies.get_value_at_percentile(p) / US * 1e3 if ok.any() else math.nan for p in (50, 90, 99, 99.9, 100)
+        latencies.get_value_at_percentile(p) / US * 1e3 if answered >= least else math.nan
+        for p, least in ((50, 1), (90, 1), (99, 1), (99.9, 1_000), (100, 1))  # of fewer it would be the slowest
     )
     figures = Figures(
         requests=n,
-        answered=int(ok.sum()),
+        answered=answered,
         rate_due=n / seconds,
-        rate_answered=int(ok.sum()) / seconds,
+        rate_answered=answered / seconds,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loadtest.lab.bodies import for_bundle
-from loadtest.limits.measure import POOL, QUICK, TOLERANCE, UNLOADED_RATE, Lengths, Limits, Ratio, measure_limits
+from loadtest.limits.measure import (
+    POOL,
+    QUICK,
+    TOLERANCE,
+    UNLOADED_RATE,
+    Lengths,
+    Limits,
+    Ratio,
+    measure_by_hand,
+    measure_limits,
+)
 
 BUNDLE = Path("models/bundles/w1")
 
@@ -30,6 +40,9 @@ def add_arguments(limits: argparse.ArgumentParser) -> None:
     limits.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     limits.add_argument("--sla-ms", type=float, default=100.0)
     limits.add_argument("--rounds", type=int, help="pairs of runs")
+    limits.add_argument(
+        "--by-hand", action="store_true", help="then the same of the kernels behind FastAPI, glued by hand"
+    )
     limits.add_argument("--json", action="store_true", help="end with one line of JSON")
     limits.add_argument("--quick", action="store_true", help="short runs, to see that it works: no measurement")
 
@@ -44,29 +57,46 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         parser.error(f"--kernels-of {parsed.kernels_of}: there is no bundle")
     bodies = read_requests(parser, parsed.bundle, parsed.requests)
     began = time.monotonic()
-    lengths = QUICK if parsed.quick else Lengths()
+    lengths, by_hand, say = QUICK if parsed.quick else Lengths(), None, progress(began)
+    lengths = replace(lengths, rounds=parsed.rounds or lengths.rounds)
     try:
         found = measure_limits(
             parsed.bundle,
             bodies,
-            progress(began),
+            say,
             rate=parsed.rate,
             unloaded_rate=parsed.unloaded_rate,
-            lengths=replace(lengths, rounds=parsed.rounds or lengths.rounds),
+            lengths=lengths,
             workers=parsed.workers,
             kernels_of=parsed.kernels_of,
             tolerance=parsed.tolerance,
             SLA_MS=str(parsed.sla_ms),
         )
+        if parsed.by_hand:
+            say("glued by hand, in the service's place")
+            by_hand = measure_by_hand(
+                parsed.kernels_of or parsed.bundle,
+                bodies,
+                say,
+                found.rate,
+                unloaded_rate=parsed.unloaded_rate,
+                lengths=lengths,
+                processes=parsed.workers,
+                is_searched=parsed.rate is None,
+            )
     except RuntimeError as e:
         print(f"not measured: {e}", file=sys.stderr)
         return 1
     report(found, sys.stdout)
+    if by_hand:
+        print("\nThe kernels glued by hand, where it says service:\n")
+        report(by_hand, sys.stdout)
     if parsed.quick:
         print("\n--quick: too short to be a measurement")
     if parsed.json:
         facts = {"bundle": parsed.bundle.name, "is_quick": parsed.quick, "seconds": round(time.monotonic() - began)}
-        print(json.dumps({"bench": "limits"} | machine() | facts | as_json(found)))
+        beside = {"by_hand": as_json(by_hand)} if by_hand else {}
+        print(json.dumps({"bench": "limits"} | machine() | facts | as_json(found) | beside))
     return 0
 
 

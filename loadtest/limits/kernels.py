@@ -297,6 +297,11 @@ def full_answer(kernels: Kernels, asked: Asked) -> dict[str, Any]:
     return {"ids": kernels.generation.ids.external(rows), "scores": scores.tolist(), "k": asked.k}
 
 
+def opened(bundle: Path) -> Kernels:
+    """The kernels over the bundle in this directory, for a process of its own."""
+    return Kernels(load(bundle))
+
+
 def main(arguments: Sequence[str], questions: TextIO, answers: TextIO) -> int:
     """The process: BUNDLE, then a line of requests, then questions until there are none. Returns the exit code."""
     generation = load(Path(arguments[0]))

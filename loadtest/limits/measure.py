@@ -6,6 +6,7 @@
 The machine's speed moves by a factor of two within a minute, so each run of the service is divided by the mean of the
 kernels' runs right before and right after it, and the median of these ratios is the figure. The service's CPU is that
 of all its processes, idle cost included. Before anything is timed, the kernels must give the service's own answers.
+A server glued by hand (by_hand.py) is measured in the service's place, by the same runs at the same rates, where asked.
 It prints nothing: command.py and bench_speed.py do.
 """
 
@@ -149,41 +150,78 @@ def measure_limits(
         if kernels.left_out:
             say(f"  left out: {kernels.left_out}")
         compare(server, kernels, lengths.compared, tolerance)
-        highest: float | None = None
-        search_cpu_ms: list[float] = []
-        if rate is None:
-            highest = capacity.find(
-                server,
-                lambda due_s: Generator(Attack(server.port, kernels.bodies, due_s)).result(),
-                lengths.search_s,
-                say,
-                within=lengths.within,
-                before=lambda: search_cpu_ms.append(kernels.hot(min(SEARCH_HOT_S, lengths.hot_s)).cpu_ms),
-            )
-            rate = highest / 2
+        return in_rounds(kernels, server, say, rate, unloaded_rate, lengths, is_searched=rate is None)
 
-        def service(due_s: Floats) -> Load | None:
-            run = load(server, kernels.bodies, due_s)
-            say(f"  service: {run.cpu_ms:.2f} ms CPU, p50 {run.p50_ms:.2f} ms" if run else "  service: gave quality up")
-            return run
 
-        def bare(timing: Timing) -> Timing:
-            say(f"  kernels: {timing.cpu_ms:.2f} ms CPU, p50 {timing.p50_ms:.2f} ms")
-            return timing
+def measure_by_hand(
+    bundle: Path,
+    bodies: Sequence[bytes],
+    say: Callable[[str], None],
+    rate: float,
+    *,
+    unloaded_rate: float = UNLOADED_RATE,
+    lengths: Lengths = Lengths(),
+    processes: int = os.cpu_count() or 1,
+    is_searched: bool = True,
+) -> Limits:
+    """The same of the server that is glued by hand, at the rates that the service had. is_searched: its highest, too.
 
-        at = itertools.count()  # another draw of the arrivals each time
-        say(f"  kernels hot, the service at {rate:.0f}/s")
-        hot, loads = in_turn(
-            lambda: bare(kernels.hot(lengths.hot_s)),
-            lambda: service(poisson(rate, lengths.loaded_s, next(at))),
-            lengths.rounds,
+    Raises RuntimeError as `measure_limits` does.
+    """
+    with bare_loop(bundle, bodies) as kernels, launch.by_hand(bundle, processes) as server:
+        compare(server, kernels, lengths.compared)
+        return in_rounds(kernels, server, say, rate, unloaded_rate, lengths, is_searched=is_searched)
+
+
+def in_rounds(
+    kernels: BareLoop,
+    server: Server,
+    say: Callable[[str], None],
+    rate: float | None,
+    unloaded_rate: float,
+    lengths: Lengths,
+    *,
+    is_searched: bool,
+) -> Limits:
+    """The highest rate if it is searched, then the server loaded and unloaded, the kernels before and after each run.
+
+    rate: half of the highest if None.
+    """
+    highest: float | None = None
+    search_cpu_ms: list[float] = []
+    if is_searched:
+        highest = capacity.find(
+            server if server.admin_port else None,
+            lambda due_s: Generator(Attack(server.port, kernels.bodies, due_s)).result(),
+            lengths.search_s,
+            say,
+            within=lengths.within,
+            before=lambda: search_cpu_ms.append(kernels.hot(min(SEARCH_HOT_S, lengths.hot_s)).cpu_ms),
         )
-        say(f"  both at {unloaded_rate:g}/s")
-        paced, unloaded = in_turn(
-            lambda: bare(kernels.paced(unloaded_rate, lengths.unloaded_s)),
-            lambda: service(constant(unloaded_rate, lengths.unloaded_s)),
-            lengths.rounds,
-        )
+    rate = rate or (highest or 0.0) / 2
+
+    def service(due_s: Floats) -> Load | None:
+        run = load(server, kernels.bodies, due_s)
+        say(f"  service: {run.cpu_ms:.2f} ms CPU, p50 {run.p50_ms:.2f} ms" if run else "  service: gave quality up")
+        return run
+
+    def bare(timing: Timing) -> Timing:
+        say(f"  kernels: {timing.cpu_ms:.2f} ms CPU, p50 {timing.p50_ms:.2f} ms")
+        return timing
+
+    at = itertools.count()  # another draw of the arrivals each time
+    say(f"  kernels hot, the service at {rate:.0f}/s")
+    hot, loads = in_turn(
+        lambda: bare(kernels.hot(lengths.hot_s)),
+        lambda: service(poisson(rate, lengths.loaded_s, next(at))),
+        lengths.rounds,
+    )
+    say(f"  both at {unloaded_rate:g}/s")
+    paced, unloaded = in_turn(
+        lambda: bare(kernels.paced(unloaded_rate, lengths.unloaded_s)),
+        lambda: service(constant(unloaded_rate, lengths.unloaded_s)),
+        lengths.rounds,
+    )
     return Limits(rate, unloaded_rate, highest, hot, loads, paced, unloaded, dict(kernels.left_out), search_cpu_ms)
 
 
@@ -215,9 +253,15 @@ def unhurried(server: Server, body: bytes) -> Any:
 
 
 def load(server: Server, bodies: Sequence[bytes], due_s: Floats) -> Load | None:
-    """One run of the service; None if it gave something up, since a narrower answer is cheaper."""
-    capacity.settle(server)
-    workers, stages_before = set(server.workers().values()), stage_sums(server)
+    """One run of the service; None if it gave something up, since a narrower answer is cheaper.
+
+    A server without an admin port can't be asked for its stages, nor who of its processes is a worker.
+    """
+    has_admin = bool(server.admin_port)
+    if has_admin:
+        capacity.settle(server)
+    workers = set(server.workers().values()) if has_admin else set[int]()
+    stages_before = stage_sums(server) if has_admin else {}
     generator = Generator(Attack(server.port, bodies, due_s))
     before = cpu.used(server.process.pid)
     seen = generator.result()
@@ -225,7 +269,8 @@ def load(server: Server, bodies: Sequence[bytes], due_s: Floats) -> Load | None:
     if not capacity.is_whole(seen):
         return None
     n = int(seen.is_ok.sum())
-    gone = {s: np.subtract(after, stages_before[s]) for s, after in stage_sums(server).items()}
+    after = stage_sums(server) if has_admin else {}
+    gone = {s: np.subtract(sums, stages_before[s]) for s, sums in after.items()}
     return Load(
         n=n,
         cpu_ms=spent.total_s / n * 1e3,

@@ -44,7 +44,7 @@ def at_widths(bundle: Path, folder: Path, retrieve: int, rerank: int) -> Path:
 
 def world(folder: Path, items: int, hidden: tuple[int, ...], d: int) -> Path:
     """A made-up bundle of so many items, with a re-ranker of these layers; its requests are beside it."""
-    out = folder / f"{items}-{hidden[0]}"
+    out = folder / f"{items}-{hidden[0]}-{d}"
     units = ",".join(map(str, hidden))
     asked = ("--items", items, "--hidden", units, "--dim", d, "--out", out, "--name", out.name)
     _make("synthesize", "--untrained", *asked)  # what weights they are doesn't change what they cost

@@ -16,8 +16,7 @@ from loadtest.plan.costs import Exponent, Line
 
 FORMAT = 6
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
-STAGES = ("retrieval", "preranking", "reranking")
-SIZES = ("items", "width", "model")
+SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
 
 
 class CalibrationError(ValueError):

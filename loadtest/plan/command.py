@@ -17,6 +17,7 @@ from loadtest.plan.planning import Question
 from loadtest.plan.what_if import VARIED, varied, what_if
 
 BUNDLE, CALIBRATION, PICTURE = Path("models/bundles/w1"), Path("reports/calibration.json"), Path("reports/plan.html")
+GROWTH = "complexity.html"  # beside the calibration
 MADE_BY = "python -m models synthesize makes models/bundles/w1 with its requests in five minutes"
 NARROW = 4  # a calibration serves a quarter of the bundle's widths, since requests can only widen them
 NONE = (planning.Interval(float("nan"), float("nan"), float("nan")),) * 2  # p50 and p99 where there are none
@@ -111,7 +112,8 @@ def _calibration(parser: argparse.ArgumentParser, parsed: argparse.Namespace) ->
         known = calibration.read(parsed.calibration)
         check_is_of(known, parsed.bundle or Path(known.path))
     if parsed.complexity:
-        known = complexity.measured(known, parsed.bundle or Path(known.path), say, is_quick=parsed.quick)
+        picture = parsed.calibration.with_name(GROWTH)
+        known = complexity.measured(known, parsed.bundle or Path(known.path), picture, say, is_quick=parsed.quick)
     calibration.write(known, parsed.calibration)
     say(f"kept in {parsed.calibration}" + (f"; NOT TO BE TRUSTED: {known.doubt}" if known.doubt else ""))
     return known

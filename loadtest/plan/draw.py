@@ -5,7 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from loadtest.drawing import COLOURS, STYLE, Axis, Plot, legend
+from loadtest.plan.costs import Exponent
 
 PAGE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;background:var(--ground);"
@@ -43,6 +46,19 @@ def chart(title: str, x_name: str, x: Sequence[float], curves: Sequence[Curve], 
         plot.hit(value, after, f"{x_name} {value:,.4g}: {told or 'nothing'}")
     names = legend((colour, curve.name) for curve, colour in zip(curves, COLOURS, strict=False))
     return f"<h2>{html.escape(title)}</h2>{plot.svg(title)}{names}"
+
+
+def power_law(title: str, x_name: str, x: Sequence[float], seconds: Sequence[float], exponent: Exponent) -> str:
+    """Points in ratio both ways, and through their middle the lines of this power and of the ends of its interval."""
+    ms, ends = np.asarray(seconds) * 1e3, np.array([min(x), max(x)])
+    plot = Plot(Axis.log(*ends.tolist(), x_name), Axis.log(ms.min() / 1.5, ms.max() * 1.5, "ms"))
+    middle_x, middle_ms = np.exp(np.log(x).mean()), np.exp(np.log(ms).mean())
+    for power, style in ((exponent.low, "thin dashed"), (exponent.high, "thin dashed"), (exponent.value, "")):
+        plot.line(ends, middle_ms * (ends / middle_x) ** power, COLOURS[0], style)
+    for at, value in zip(x, ms.tolist(), strict=True):
+        plot.dot(at, value, COLOURS[1], f"{value:.3g}")
+    heading = f"{title}: to the power {exponent}"
+    return f"<h2>{html.escape(heading)}</h2>{plot.svg(heading)}"
 
 
 def page(title: str, said: str, charts: Sequence[str], table: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from loadtest.plan.calibration import SIZES, STAGES, Calibration
+from loadtest.plan.calibration import SIZES, Calibration
 from loadtest.plan.classic import Sum
 from loadtest.plan.costs import Line
 from loadtest.plan.memory import GIB, KINDS, index_bytes, kind_for
@@ -115,11 +115,10 @@ def _row(head: str, said: str) -> str:
 
 
 def complexity_lines(calibration: Calibration) -> Iterator[str]:
-    """Cost of a stage ~ items^a · width^b · model^c, with intervals of 90 %."""
-    yield "cost grows as a power of".ljust(26) + "".join(size.ljust(24) for size in SIZES)
-    for stage in STAGES:
-        sizes = calibration.exponents.get(stage, {})
-        yield f"  {stage}".ljust(26) + "".join(str(sizes.get(size, "-")).ljust(24) for size in SIZES).rstrip()
+    """Cost of a stage ~ items^a · width^b · dimension^c · model^d · workers^e, with intervals of 90 %."""
+    yield "cost as a power of".ljust(20) + "".join(size.ljust(23) for size in SIZES).rstrip()
+    for stage, sizes in calibration.exponents.items():
+        yield f"  {stage}".ljust(20) + "".join(str(sizes.get(size, "-")).ljust(23) for size in SIZES).rstrip()
 
 
 def choice_lines(choice: Choice, whole_s: float, floor: float) -> Iterator[str]:

@@ -241,6 +241,7 @@ def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(rando
         ({"remove": [1.5]}, "remove.0"),
         ({}, "body"),
         ({"add": [item(7, 3, genres=[99, -1])]}, "add.0.tables.genres"),
+        ({"add": [item(7, 3, embedding=[0.0] * 8)]}, "add.0.tables.embedding"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_field_and_changes_nothing(catalogue, asked, field):

@@ -50,6 +50,19 @@ def test_limits_measures_a_real_service_and_ends_with_a_line_of_json(bundle, cap
     assert sum(line.startswith("| highest rate, 40/s") for line in table) == 1
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_kernels_glued_by_hand_are_measured_at_the_rates_of_the_service(bundle, capsys, processes):
+    arguments = ["--bundle", str(bundle), "--quick", "--rounds", "1", "--workers", str(processes), "--sla-ms", "5000"]
+    assert __main__.main(["limits", *arguments, "--rate", "25", "--json", "--by-hand"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    by_hand = json.loads(last)["by_hand"]
+    assert (by_hand["rate"], by_hand["unloaded_rate"], by_hand["highest_rate"]) == (25, 20, None)
+    for run in by_hand["service"].values():
+        assert sum(run["cpu_parts_ms"].values()) == pytest.approx(run["cpu_ms"]) and run["cpu_ms"] > 0
+    assert by_hand["cpu_ratio"] > 1 and by_hand["p50_ratio"] > 1
+    assert sum(line.startswith("| whole request |") for line in table) == 2
+
+
 # -------------------------------------------------------------------------------------- who used the CPU
 
 CHILD = """
