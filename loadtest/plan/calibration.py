@@ -14,7 +14,7 @@ import numpy as np
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 6
+FORMAT = 7
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
 
@@ -93,7 +93,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. warmth, wake_s: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
+    """One calibration. warmth, wake_s, stretch: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
 
     search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the caller named it. contents:
     of its files, whatever its widths (bundles.py).
@@ -119,6 +119,7 @@ class Calibration:
     memory: Memory
     warmth: tuple[float, float] = (1.0, 0.0)
     wake_s: float = 0.0
+    stretch: float = 1.0
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)
     is_quick: bool = False

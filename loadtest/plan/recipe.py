@@ -38,7 +38,8 @@ class Model:
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
     SLA, by which the search must be over, or the service narrows it. warmth: what the service's CPU for a
     request is of the demand where cores are idle, and what is added to that where all are busy: less than nothing if
-    caches stay warm. warm: what it is here. The client's was metered under load.
+    caches stay warm. warm: what it is here. stretch: of what latencies are over their median. The client's was metered
+    under load.
     """
 
     demand: Demand
@@ -50,6 +51,7 @@ class Model:
     search_share: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
     warm: float = 1.0
+    stretch: float = 1.0
 
     @property
     def stations(self) -> list[Station]:
@@ -126,7 +128,9 @@ class Model:
         n = int(min(max(rate * seconds, 100), MOST_REQUESTS))
         arrivals: Floats = np.cumsum(rng.exponential(1 / rate, n))
         here = replace(self, warm=self.factor(rate))
-        return simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
+        seen = simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
+        over = np.maximum(seen.latency_s - np.median(seen.latency_s), 0.0)
+        return replace(seen, latency_s=seen.latency_s + (self.stretch - 1) * over)
 
     def factor(self, rate: float) -> float:
         """What the service's CPU for a request is of the demand at this rate: by how busy it keeps the cores.
@@ -202,5 +206,14 @@ def model(
 ) -> Model:
     """The calibrated service in another configuration; scale: how much slower the machine is than it was."""
     machine = Machine(cores or calibration.cores, calibration.wake_s * scale)
-    share, warmth = calibration.search_share, calibration.warmth
-    return Model(calibration.demand, calibration.base, configuration, machine, has_client, scale, share, warmth)
+    return Model(
+        calibration.demand,
+        calibration.base,
+        configuration,
+        machine,
+        has_client,
+        scale,
+        calibration.search_share,
+        calibration.warmth,
+        stretch=calibration.stretch,
+    )

@@ -13,9 +13,10 @@ from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration
 Warmth = tuple[float, float]
 
 
-def met(warmth: Warmth, wake_s: float, rate: float, scale: float = 1.0) -> Loaded:
+def met(warmth: Warmth, wake_s: float, rate: float, scale: float = 1.0, stretch: float = 1.0) -> Loaded:
     """A run as a machine with these numbers would have shown it; of other arrivals than the fit draws."""
-    planted = model(replace(CALIBRATION, warmth=warmth, wake_s=wake_s), BASE, scale=scale, has_client=True)
+    machine = replace(CALIBRATION, warmth=warmth, wake_s=wake_s, stretch=stretch)
+    planted = model(machine, BASE, scale=scale, has_client=True)
     seen = planted.at(rate, 20, seed=9)
     speed_s, client_s = scale * CALIBRATION.speed_s, scale * CALIBRATION.demand.client_s
     p50_s, p99_s = seen.percentile_s(50), seen.percentile_s(99)
@@ -33,6 +34,23 @@ def test_planted_numbers_predict_a_rate_that_was_not_fitted(warmth: Warmth) -> N
     seen = model(found, BASE, has_client=True).at(200, 20)
     assert seen.percentile_s(50) == pytest.approx(other.p50_s, rel=0.1)
     assert seen.percentile_s(99) == pytest.approx(other.p99_s, rel=0.25)
+
+
+@pytest.mark.parametrize("planted", [1.0, 1.4])
+def test_what_latencies_are_over_their_median_is_stretched_as_it_was_met(planted: float) -> None:
+    loaded = tuple(met((1.0, 0.0), 1 * MS, rate, stretch=planted) for rate in (60, 100, 150))
+    found = fit_module.stretch(calibration(loaded=loaded, wake_s=1 * MS), loaded)
+    assert found == pytest.approx(planted, rel=0.12)
+
+
+def test_a_stretch_leaves_the_median_and_what_is_under_it() -> None:
+    plain, stretched = (
+        model(replace(CALIBRATION, stretch=stretch), BASE, has_client=True).at(150, 20) for stretch in (1.0, 1.4)
+    )
+    p50_s = plain.percentile_s(50)
+    assert stretched.percentile_s(50) == p50_s
+    assert stretched.percentile_s(10) == plain.percentile_s(10)
+    assert stretched.percentile_s(99) - p50_s == pytest.approx(1.4 * (plain.percentile_s(99) - p50_s))
 
 
 def test_runs_that_are_alike_say_what_the_cpu_is_but_not_how_it_changes() -> None:
