@@ -26,7 +26,7 @@ SPREAD = 0.25  # of the cores: runs less different say what the CPU is, but not 
 LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
 MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures
 EASY_P99_S = 0.06  # up to which latencies tell of waits for a core, and not of a queue that a small error would change
-STRETCH = (1.0, 1.5)  # at least, for stalls only add, and at most: a p99 of a thousand requests is a tenth off by chance
+STRETCH = (1.0, 1.5)  # at least, for stalls only add; at most: a p99 of a thousand requests is a tenth off by chance
 MOST_SECONDS = 20.0  # simulated of each run
 
 
