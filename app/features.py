@@ -216,7 +216,7 @@ def named_features(names: Sequence[str], given: Inputs) -> F32:
     history_gap.<table>        |value − mean over the history|
     A person without a history has 0 for all of history_*. Raises KeyError for a name or table there isn't.
     """
-    matrix = np.empty((len(names), len(given.candidates)), np.float32).T  # columns are written, each in one piece
+    matrix = np.empty((len(given.candidates), len(names)), np.float32)
     similarity = dict[str, F32]()
     for column, name in enumerate(names):
         matrix[:, column] = _named(name, given, similarity)

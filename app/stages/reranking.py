@@ -47,7 +47,7 @@ class Reranking:
                 rows = at[start : start + len(sliced)]
                 scores[rows], scored_by[rows] = sliced, self.stage
 
-            candidates = given.candidates.take(at) if len(at) < len(given) else given.candidates
+            candidates = given.candidates.take(at)
             shard = Shard(query.person, candidates, query.sent_with(candidates.rows), until)
             return self.scorer.submit(shard, deliver)
 

@@ -125,8 +125,7 @@ class Retrieval:
             if eligible is not None:  # this kind can't select: the exact search does it
                 return np.empty(0, np.int64), np.empty(0, np.float32)
             scores, rows = self._nearest_of_kept(user, n_fetched, live)
-        if len(rows) and rows[-1] < 0:  # it found fewer
-            rows, scores = rows[rows >= 0], scores[rows >= 0]
+        rows, scores = rows[rows >= 0], scores[rows >= 0]
         if live.n_added:
             fresh = len(self.generation.ids) + np.arange(live.n_added)
             rows = np.append(rows, fresh[live.keeps(fresh) if eligible is None else eligible[fresh]])

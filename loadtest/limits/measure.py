@@ -7,7 +7,8 @@ The machine's speed moves by a factor of two within a minute, so each run of the
 kernels' runs right before and right after it, and the median of these ratios is the figure. The service's CPU is that
 of all its processes, idle cost included. Before anything is timed, the kernels must give the service's own answers.
 A server glued by hand (by_hand.py) is measured in the service's place, by the same runs at the same rates, where asked.
-It prints nothing: command.py and bench_speed.py do.
+It prints nothing: command.py and bench_speed.py do. It is over 250 lines because what a ratio is of stands beside how
+both of its sides are taken.
 """
 
 import itertools

@@ -27,6 +27,7 @@ LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
 MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures
 EASY_P99_S = 0.06  # up to which latencies tell of waits for a core, and not of a queue that a small error would change
 STRETCH = (1.0, 1.5)  # at least, for stalls only add; at most: a p99 of a thousand requests is a tenth off by chance
+LEAST_OVER_S = 1e-6  # a p99 that is the median says nothing of how far it lies over it
 MOST_SECONDS = 20.0  # simulated of each run
 
 
@@ -81,7 +82,7 @@ def stretch(calibration: Calibration, runs: Sequence[Loaded]) -> float:
     over = []
     for run in runs:
         p50_s, p99_s = _simulated(calibration, run)
-        over.append((run.p99_s - run.p50_s) / (p99_s - p50_s))
+        over.append(max(run.p99_s - run.p50_s, LEAST_OVER_S) / max(p99_s - p50_s, LEAST_OVER_S))
     return float(np.clip(np.exp(np.log(over).mean()), *STRETCH))
 
 

@@ -30,6 +30,14 @@ def test_figures_are_of_what_was_due_after_the_warm_up():
     assert run.in_figures().tolist() == [False] * 5 + [True] * 15
 
 
+@pytest.mark.parametrize(("n", "is_said"), [(999, False), (1_000, True)])
+def test_p999_of_fewer_than_a_thousand_answers_is_not_said(n, is_said):
+    figures = made(observed(n, rate=n / 20)).figures
+    assert figures.answered == n
+    assert math.isfinite(figures.p999_ms) == is_said
+    assert math.isfinite(figures.p99_ms)
+
+
 def test_failures_are_no_latency_but_miss_the_sla():
     status = np.full(400, 200, np.int16)
     status[:40], status[40:60] = 503, 0

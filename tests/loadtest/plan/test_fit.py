@@ -43,6 +43,11 @@ def test_what_latencies_are_over_their_median_is_stretched_as_it_was_met(planted
     assert found == pytest.approx(planted, rel=0.12)
 
 
+def test_a_run_whose_p99_is_its_median_has_a_stretch_within_bounds() -> None:
+    flat = replace(met((1.0, 0.0), 1 * MS, 60), p50_s=10 * MS, p99_s=10 * MS)
+    assert fit_module.stretch(calibration(loaded=(flat,), wake_s=1 * MS), [flat]) == fit_module.STRETCH[0]
+
+
 def test_a_stretch_leaves_the_median_and_what_is_under_it() -> None:
     plain, stretched = (
         model(replace(CALIBRATION, stretch=stretch), BASE, has_client=True).at(150, 20) for stretch in (1.0, 1.4)
