@@ -2,12 +2,15 @@
 
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
-No number of the other configurations enters a prediction but how fast the machine was meanwhile: it drifts, so a probe
-runs before and after each part of each run, and the prediction is for the median of a run's probes. The load
-generator runs on the same machine and takes its CPU: here, and only here, it is a station of the simulation.
+No number of the other configurations enters a prediction. The machine drifts in the hour that it takes: so the
+configuration of the calibration stays up, idle, and is asked again for three seconds after every few runs; what a
+request takes it then, over what it took in the calibration, is how much slower the machine is, and the prediction is
+for the median of these. The load generator runs on the same machine and takes its CPU: here, and only here, it is a
+station of the simulation.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import platform
@@ -26,7 +29,6 @@ from loadtest.plan.calibration import Calibration, CalibrationError, Configurati
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
 from loadtest.plan.report import of_load
-from loadtest.plan.speed import probing
 from loadtest.table import Figure, verdict
 
 BUNDLE, SLA_S = Path("models/bundles/w1"), 0.1
@@ -37,6 +39,7 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
+AGAIN_S, AGAIN_AFTER = 3.0, 3  # of the calibration's own configuration; after so many steps or parts
 SEARCHES = 3  # of the highest rate, whose median counts: single ones are a tenth off
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
@@ -91,9 +94,17 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
 
     rows = []
-    with bundles.folder_beside(parsed.bundle) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(bundles.folder_beside(parsed.bundle))
         try:
             calibrated = _calibrated(parsed, folder, bodies, say)
+            if not calibrated.loaded:
+                raise CalibrationError("no run of the calibration under load could be used")
+            base = calibrated.base
+            narrow = bundles.at_widths(parsed.bundle, folder, base.retrieve, base.rerank)
+            known = measure.aim(stack.enter_context(measure.serve(narrow, base)), bodies)
+            measure.single(known, base.rerank, 100)
+            again = Again(known, calibrated)
         except (CalibrationError, RuntimeError, OSError) as e:
             print(f"refused: {e}", file=sys.stderr)
             return 2
@@ -104,7 +115,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             say(f"{number}: {row.configuration} …")
             try:
                 bundle = bundles.at_widths(parsed.bundle, folder, retrieve, rerank)
-                _measure(row, bundle, bodies, calibrated, is_quick=parsed.quick, say=say)
+                _measure(row, bundle, bodies, again, is_quick=parsed.quick, say=say)
             except (RuntimeError, OSError) as e:  # the others are still worth having; this one misses its bars
                 say(f"  could not be measured: {e}")
                 row.notes.append(f"not measured: {type(e).__name__}")
@@ -142,59 +153,83 @@ def _calibrated(
     return made
 
 
+# ------------------------------------------------------------------------------------------ the machine
+
+
+@dataclass
+class Again:
+    """The calibration's own configuration, asked again between runs: how much slower the machine is than it was then.
+
+    met: since it was last asked for.
+    """
+
+    known: measure.Target
+    calibrated: Calibration
+    calls: int = 0
+    met: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """Between two runs; asks at the first call and then at each third."""
+        if self.calls % AGAIN_AFTER == 0:
+            rate = self.calibrated.loaded[len(self.calibrated.loaded) // 2].rate
+            then = model(self.calibrated, self.calibrated.base, has_client=True)
+            now = measure.metered(self.known, rate, AGAIN_S, 1, self.calls)
+            self.met.append(now.cpu_s / then.cpu_s(rate))
+        self.calls += 1
+
+    def slower(self) -> float:
+        """The median of what was met; from here on it is met anew."""
+        found, self.met, self.calls = float(np.median(self.met)), [], 0
+        return found
+
+
 # --------------------------------------------------------------------------------------- one configuration
 
 
 def _measure(
-    row: Row,
-    bundle: Path,
-    bodies: Sequence[bytes],
-    calibrated: Calibration,
-    *,
-    is_quick: bool,
-    say: Callable[[str], None],
+    row: Row, bundle: Path, bodies: Sequence[bytes], again: Again, *, is_quick: bool, say: Callable[[str], None]
 ) -> None:
     """Fill the row. Raises RuntimeError when the service can't be measured."""
 
-    def predicts(speed_s: float) -> Model:
-        return model(calibrated, row.configuration, scale=speed_s / calibrated.speed_s, has_client=True)
+    def predicts(slower: float) -> Model:
+        return model(again.calibrated, row.configuration, scale=slower, has_client=True)
 
-    with probing() as probe, measure.serve(bundle, row.configuration) as server:
-        target = measure.aim(server, bodies, probe)
+    with measure.serve(bundle, row.configuration) as server:
+        target = measure.aim(server, bodies)
         measure.single(target, row.configuration.rerank, 100)
-        steps, probes = 0, [probe()]
+        steps = 0
         step_s = 2.0 if is_quick else STEP_S
 
         def holds(rate: float) -> bool:
             nonlocal steps
             settle(server)
-            seen, speeds = measure.run(target, rate, step_s, 1, steps)
+            seen = measure.run(target, rate, step_s, 1, steps, again)
             steps += 1
-            probes.extend(speeds)
-            one = measure.summed_up(seen, rate, speeds, step_s)
+            one = measure.summed_up(seen, rate, step_s)
             say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
             is_answered = bool(seen.is_ok.mean() >= LEAST_ANSWERED)
             return is_answered and one.coverage >= LEAST_COVERAGE and one.p99_s <= SLA_S
 
-        found = [predicts(probes[0]).bound / 2]  # where to begin
+        found = [predicts(1.0).bound / 2]  # where to begin
         for _ in range(1 if is_quick else SEARCHES):
             found.append(search.highest_rate(holds, found[-1], within=0.2 if is_quick else 0.04))
             if not found[-1]:
                 raise RuntimeError("no rate keeps the SLA")
             say(f"  highest rate {found[-1]:.0f}/s")
-        row.rate, speed_s = float(np.median(found[1:])), float(np.median(probes))
-        row.slower = speed_s / calibrated.speed_s
-        row.predicted_rate = highest_rate(predicts(speed_s), REQUESTS, step_s, search.TRIES)
-        say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f}")
+        row.rate, row.slower = float(np.median(found[1:])), again.slower()
+        row.predicted_rate = highest_rate(predicts(row.slower), REQUESTS, step_s, search.TRIES)
+        met = f"for a machine that is {row.slower:.2f} x as slow as in the calibration"
+        say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f} {met}")
         for share in SHARES:
             settle(server)
-            _at(row, share, target, predicts, 200 if is_quick else REQUESTS, say)
+            _at(row, share, target, again, predicts, 200 if is_quick else REQUESTS, say)
 
 
 def _at(
     row: Row,
     share: float,
     target: measure.Target,
+    again: Again,
     predicts: Callable[[float], Model],
     requests: int,
     say: Callable[[str], None],
@@ -202,15 +237,16 @@ def _at(
     rate = share * row.rate
     seconds = requests * 1.05 / rate  # a Poisson process of so long has at least so many
     parts = math.ceil(seconds / PART_S)
-    seen, speeds = measure.run(target, rate, seconds, parts, int(share * 100))
-    one = measure.summed_up(seen, rate, speeds, seconds)
-    predicted = predicts(one.speed_s)
+    seen = measure.run(target, rate, seconds, parts, int(share * 100), again)
+    one, slower = measure.summed_up(seen, rate, seconds), again.slower()
+    predicted = predicts(slower)
     met = np.concatenate([predicted.at(rate, seconds, seed).latency_s for seed in range(SIMULATED)])
     row.p99_s[share] = one.p99_s, float(np.percentile(met, 99))
     late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
     p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in row.p99_s[share]))
-    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; sent late by {late_ms:.2f} ms")
+    late = f"sent late by {late_ms:.2f} ms"
+    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {late}; {slower:.2f} x as slow")
     if one.coverage < LEAST_COVERAGE:
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
     if late_ms > LATE_MS:

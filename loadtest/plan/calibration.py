@@ -1,7 +1,7 @@
 """What two minutes with the real service said of it and of this machine: kept as JSON, so that plans are instant.
 
-All seconds are as the reference speed of the machine has them (`speed_s`, see speed.py). How it is measured is
-measure.py's, what is made of it recipe.py's.
+All seconds are as the machine had them in those minutes. How it is measured is measure.py's, what is made of it
+recipe.py's.
 """
 
 import json
@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 7
+FORMAT = 8
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
+MOST_STRETCH = 2.0  # beyond it a p99 is made by stalls, and nobody knows of which length they are the next time
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
 
 
@@ -38,10 +37,7 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A run under load at the calibration's own configuration. speeds: of the probes around its parts, seconds.
-
-    client_s, cpu_s: CPU of the load generator and of the service, a request.
-    """
+    """A run under load. client_s, cpu_s: CPU of the load generator and of the service, a request."""
 
     rate: float
     requests: int
@@ -50,17 +46,17 @@ class Loaded:
     coverage: float
     client_s: float
     cpu_s: float
-    speeds: tuple[float, ...]
     seconds: float
 
     @property
-    def speed_s(self) -> float:
-        return float(np.median(self.speeds))
+    def work(self) -> float:
+        """CPU seconds a second."""
+        return self.rate * (self.cpu_s + self.client_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request takes whom, at the reference speed.
+    """What a request takes whom.
 
     loop_s: CPU of the event loop. users_s: CPU of a worker that is no stage's: it reads the request, finds out who
     asks, selects, packs the answer. retrieval, preranking: by width; shard: re-ranking by rows. trip_s: without CPU, on
@@ -95,6 +91,7 @@ class Memory:
 class Calibration:
     """One calibration. warmth, wake_s, stretch: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
 
+    n_fitted: how many of these told of waits. speeds: what requests took the service in each part, over the median.
     search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the caller named it. contents:
     of its files, whatever its widths (bundles.py).
     """
@@ -112,7 +109,6 @@ class Calibration:
     model_bytes: int
     base: Configuration
     search_share: float
-    speed_s: float
     speeds: tuple[float, ...]
     demand: Demand
     loaded: tuple[Loaded, ...]
@@ -120,6 +116,7 @@ class Calibration:
     warmth: tuple[float, float] = (1.0, 0.0)
     wake_s: float = 0.0
     stretch: float = 1.0
+    n_fitted: int = 0
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)
     is_quick: bool = False
@@ -129,10 +126,12 @@ class Calibration:
         """Why no plan should be trusted that is made from it, if that is so."""
         if self.is_quick:
             return "a quick calibration only shows that it works"
-        if len(self.loaded) < LEAST_RUNS:
-            return f"only {len(self.loaded)} of its runs under load could be used"
+        if self.n_fitted < LEAST_RUNS:
+            return f"only {self.n_fitted} of its runs under load could be used"
         if not self.error <= MOST_ERROR:
-            return f"its simulation is off by {self.error:.0%} on its own {len(self.loaded)} runs"
+            return f"its simulation is off by {self.error:.0%} on its own {self.n_fitted} runs"
+        if self.stretch >= MOST_STRETCH:
+            return f"its p99s lie over {MOST_STRETCH:g} times as far over the median as simulated"
         return None
 
 

@@ -18,7 +18,6 @@ from loadtest.plan import bundles, draw, measure
 from loadtest.plan.calibration import Calibration, Configuration
 from loadtest.plan.costs import Exponent, power
 from loadtest.plan.demand import COLUMNS, Single
-from loadtest.plan.speed import Probe, probing
 
 HIDDEN = (512, 256, 128)
 CATALOGUES = (50_000, 100_000, 200_000, 400_000)  # all of one kind of index, and made within a minute each
@@ -40,7 +39,7 @@ SIZES_OF = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One world at one width, and seconds by stage at the reference speed. model: bytes; units: of its first layer."""
+    """One world at one width, and seconds by stage. model: bytes; units: of its first layer."""
 
     items: int
     dimension: int
@@ -62,15 +61,15 @@ def measured(
     worlds += [(least, hidden, d) for hidden in MODELS]
     worlds += [(least, HIDDEN, max(1, int(d * times))) for times in DIMENSIONS]
     points, shared = list[Point](), dict[int, float]()
-    with bundles.folder_beside(beside) as folder, probing() as probe:
+    with bundles.folder_beside(beside) as folder:
         for items, hidden, dimension in worlds:
             say(f"a world of {items:,} items × {dimension}, a re-ranker {'-'.join(map(str, hidden))}")
             bundle = bundles.world(folder, items, hidden, dimension)
             sizes = items, dimension, hidden[0]
-            points += _points(bundle, sizes, probe, calibration.speed_s, 5 if is_quick else REQUESTS)
+            points += _points(bundle, sizes, 5 if is_quick else REQUESTS)
         for workers in SHARED_BY[:3] if is_quick else SHARED_BY:
             say(f"{PLAIN_WIDTH} documents at {PACED_ROW_MS:g} ms each, workers: {workers}")
-            shared[workers] = _shared(bundle, workers, probe)
+            shared[workers] = _shared(bundle, workers)
     found = fitted(points, shared)
     for stage, grown in found.items():
         say(f"{stage} grows with " + ", ".join(f"{size} ^ {exponent}" for size, exponent in grown.items()))
@@ -113,26 +112,25 @@ def _charts(
     return [*charts, draw.power_law(f"{PACED}, by workers", "workers", x, y, found[PACED]["workers"])]
 
 
-def _shared(bundle: Path, workers: int, probe: Probe) -> float:
+def _shared(bundle: Path, workers: int) -> float:
     """Median seconds of re-ranking, one request at a time, where each document takes its worker a millisecond."""
     paced = {"PACED_ROW_MS": f"{PACED_ROW_MS:g}", "SLA_MS": f"{PACED_SLA_MS:g}"}
     with launch.service(bundle, workers, log=measure.NO_LOG, **paced) as server:
-        target = measure.aim(server, bodies.for_bundle(bundle, measure.POOL), probe)
+        target = measure.aim(server, bodies.for_bundle(bundle, measure.POOL))
         took = measure.single(target, PLAIN_WIDTH, PACED_REQUESTS).took
     return float(np.median(took[:, COLUMNS.index("reranking")]))
 
 
-def _points(bundle: Path, sizes: tuple[int, int, int], probe: Probe, speed_s: float, requests: int) -> list[Point]:
+def _points(bundle: Path, sizes: tuple[int, int, int], requests: int) -> list[Point]:
     made = bundles.manifest_of(bundle)["funnel"]["retrieve"]
     configuration = Configuration(made, 0, WORKERS, measure.UNHURRIED_S)
     runs: dict[int, list[Single]] = {}
     with measure.serve(bundle, configuration) as server:
-        target = measure.aim(server, bodies.for_bundle(bundle, measure.POOL), probe)
+        target = measure.aim(server, bodies.for_bundle(bundle, measure.POOL))
         measure.single(target, WIDTHS[0], requests)
         for _ in range(TIMES):
             for width in WIDTHS:
-                before, run = probe(), measure.single(target, width, requests)
-                runs.setdefault(width, []).append(run.scaled(speed_s / ((before + probe()) / 2)))
+                runs.setdefault(width, []).append(measure.single(target, width, requests))
     at = {name: i for i, name in enumerate(COLUMNS)}
     model = (bundle / "re_ranker.onnx").stat().st_size
 

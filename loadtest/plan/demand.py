@@ -29,11 +29,6 @@ class Single:
     took: Floats
     spent: Spent
 
-    def scaled(self, by: float) -> "Single":
-        """On a machine that is slower by this factor."""
-        s = self.spent
-        return Single(self.rerank, self.took * by, Spent(s.loop * by, s.workers * by))
-
 
 def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configuration, nice: int) -> Demand:
     """The costs by width from runs at several, the shapes from those at the base widths. Pure."""

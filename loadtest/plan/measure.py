@@ -5,9 +5,9 @@
     smaps                                                     ─▶ memory
 
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
-narrow widths, and one service shows them all. Between all parts a probe of the machine's speed runs, and each part's
-seconds are brought to the reference speed. Single probes differ by a fifth while the service keeps its speed: what
-counts is the median of many, those of a whole run under load, or those around a few single requests.
+narrow widths, and one service shows them all. Widths take turns, so that a minute in which the machine is slow is slow
+for all of them. No piece of work beside the service tells how fast that is: such probes moved by a fifth while what a
+request took the service stayed within a twentieth, so it is the service's own CPU that tells.
 """
 
 import contextlib
@@ -32,19 +32,17 @@ from loadtest.open_loop import Attack, attack
 from loadtest.plan import bundles, fit
 from loadtest.plan.calibration import Calibration, Configuration, Demand, Loaded
 from loadtest.plan.demand import COLUMNS, Single, demand_of
-from loadtest.plan.metering import niceness, read_memory, spent
+from loadtest.plan.metering import Spent, niceness, read_memory, spent
 from loadtest.plan.recipe import Model
 from loadtest.plan.report import of_load
 from loadtest.plan.simulation import Machine
-from loadtest.plan.speed import Probe, probing
 
 UNHURRIED_S = 10.0  # the SLA of a calibration: nothing is narrowed, and one worker takes a request its whole way
 POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
-WINDOW = 15  # probes around single requests, whose median is the speed
-LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts, a probe before and after each
+LOAD_S, PARTS = 14.0, 2  # seconds of a run; its parts
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
 Say = Callable[[str], None]
@@ -52,20 +50,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running service, the requests to ask it, and the probe beside it. pids: of its workers."""
+    """A running service and the requests to ask it. pids: of its workers."""
 
     server: Server
     bodies: Sequence[bytes]
-    probe: Probe
     pids: tuple[int, ...]
 
     def with_fields(self, **sent: Any) -> list[bytes]:
         return [json.dumps(json.loads(body) | sent).encode() for body in self.bodies]
 
+    def spent(self) -> Spent:
+        """CPU so far."""
+        return spent(self.server.process.pid, self.pids)
 
-def aim(server: Server, bodies: Sequence[bytes], probe: Probe) -> Target:
+
+def aim(server: Server, bodies: Sequence[bytes]) -> Target:
     """Asks for the workers once: while something is metered, nothing else is to be asked of the service."""
-    return Target(server, bodies, probe, tuple(server.workers().values()))
+    return Target(server, bodies, tuple(server.workers().values()))
 
 
 def calibrate(
@@ -79,18 +80,15 @@ def calibrate(
     funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
     base = Configuration(funnel["retrieve"], funnel["rerank"], workers, UNHURRIED_S)
     short = 10 if is_quick else 1
-    with probing() as probe, serve(bundle, base) as server:
-        target = aim(server, asked, probe)
+    with serve(bundle, base) as server:
+        target = aim(server, asked)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
         demand, speeds = _demand(target, base, short, say)
-        reference = float(np.median(speeds))
         memory = read_memory(server, bundle)
         loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
-    speeds += loaded[0].speeds if loaded else []
     if loaded:
-        per_client = [run.client_s * reference / run.speed_s for run in loaded]
-        demand = replace(demand, client_s=float(np.median(per_client)))
+        demand = replace(demand, client_s=float(np.median([run.client_s for run in loaded])))
     calibration = Calibration(
         date=time.strftime("%Y-%m-%d %H:%M"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
@@ -105,8 +103,7 @@ def calibrate(
         model_bytes=(bundle / "re_ranker.onnx").stat().st_size,
         base=base,
         search_share=funnel["budgets"]["retrieval"],
-        speed_s=reference,
-        speeds=tuple(speeds),
+        speeds=speeds,
         demand=demand,
         loaded=tuple(loaded),
         memory=memory,
@@ -135,9 +132,9 @@ def single(target: Target, rerank: int, n: int) -> Single:
     sent = target.with_fields(rerank_count=rerank)
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.server.port, timeout=60)) as connection:
         _ask(connection, sent[-1])  # opens the connection, and isn't counted
-        before = spent(target.server.process.pid, target.pids)
+        before = target.spent()
         answers = [_ask(connection, sent[i % len(sent)]) for i in range(n)]
-        used = spent(target.server.process.pid, target.pids).since(before, n)
+        used = target.spent().since(before, n)
     whole = [answer for answer in answers if not answer["degraded"]]
     if 2 * len(whole) < n:
         raise RuntimeError(f"{n - len(whole)} of {n} answers were degraded without load")
@@ -161,40 +158,31 @@ def widths(base: Configuration) -> list[int]:
     return sorted({min(width, WIDEST) for width in several})
 
 
-def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, list[float]]:
-    """What a request takes whom, by width, at the median speed of the probes; and the probes."""
-    speeds = [target.probe()]
-
-    def measured(rerank: int, n: int) -> Single:
-        run = single(target, rerank, n)
-        speeds.append(target.probe())
-        return run
-
+def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, tuple[float, ...]]:
+    """What a request takes whom, by width; and how slow each part was, over the median."""
     say(f"widths {', '.join(map(str, widths(base)))}")
-    asked = [width for _ in range(max(2, ROUNDS // short)) for width in widths(base)]
-    runs = [measured(width, A_ROUND) for width in asked]
-    runs += [measured(base.rerank, SINGLE // 10 // short) for _ in range(10)]
-    reference = float(np.median(speeds))
-    runs = [run.scaled(reference / speed) for run, speed in zip(runs, smoothed(speeds)[1:], strict=True)]
-    return demand_of(runs[: len(asked)], runs[len(asked) :], base, niceness(target.server)), speeds
+    rounds = [[single(target, width, A_ROUND) for width in widths(base)] for _ in range(max(2, ROUNDS // short))]
+    alike = [single(target, base.rerank, SINGLE // 10 // short) for _ in range(10)]
+    demand = demand_of([run for one in rounds for run in one], alike, base, niceness(target.server))
+    return demand, (*_slower(rounds), *_slower([[run] for run in alike]))
+
+
+def _slower(parts: Sequence[Sequence[Single]]) -> list[float]:
+    """What the requests of each part took the service, over the median of the parts."""
+    took = [sum(run.spent.loop + run.spent.workers for run in part) for part in parts]
+    return [one / float(np.median(took)) for one in took]
 
 
 # ------------------------------------------------------------------------------------------- under load
 
 
 def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
-    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none.
-
-    They follow each other in a minute, so all were met at one speed: each has the probes of all.
-    """
+    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     run(target, rate, seconds / PARTS, 1, LOADS)  # nobody's first load counts either
     for number in range(LOADS):
-        before = spent(target.server.process.pid, target.pids)
-        seen, speeds = run(target, rate, seconds, PARTS, number)
-        used = spent(target.server.process.pid, target.pids).since(before, len(seen))
-        one = summed_up(seen, rate, speeds, seconds, used.loop + used.workers)
+        one = metered(target, rate, seconds, PARTS, number)
         met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
         say(f"{rate:.0f} a second: {met}")
         is_usable = fit.is_usable(one)
@@ -202,31 +190,30 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
             break
         runs += [one] if is_usable else []
         rate = rate * GROWTH if is_usable else rate / GROWTH**2
-    speeds = tuple(speed for one in runs for speed in one.speeds)
-    return [replace(one, speeds=speeds) for one in runs]
+    return runs
 
 
 def run(
-    target: Target, rate: float, seconds: float, parts: int, seed: int, bodies: Sequence[bytes] | None = None
-) -> tuple[Observed, tuple[float, ...]]:
-    """Open-loop load in parts, a probe of the speed before and after each; all parts as one, and the probes."""
-    probes, seen = [target.probe()], []
+    target: Target, rate: float, seconds: float, parts: int, seed: int, between: Callable[[], None] = lambda: None
+) -> Observed:
+    """Open-loop load in parts, `between` called before each; all parts as one."""
+    seen = []
     for part in range(parts):
+        between()
         due = poisson(rate, seconds / parts, 1_000 * seed + part)
-        seen.append(attack(Attack(target.server.port, bodies or target.bodies, due)))
-        probes.append(target.probe())
-    return joined(seen), tuple(probes)
+        seen.append(attack(Attack(target.server.port, target.bodies, due)))
+    return joined(seen)
 
 
-def smoothed(probes: Sequence[float]) -> list[float]:
-    """Their running median."""
-    reach = WINDOW // 2
-    return [float(np.median(probes[max(0, i - reach) : i + reach + 1])) for i in range(len(probes))]
+def metered(target: Target, rate: float, seconds: float, parts: int, seed: int) -> Loaded:
+    """A run with the service's CPU: of the processes that it had when `target` was aimed."""
+    before = target.spent()
+    seen = run(target, rate, seconds, parts, seed)
+    used = target.spent().since(before, len(seen))
+    return summed_up(seen, rate, seconds, used.loop + used.workers)
 
 
-def summed_up(
-    seen: Observed, rate: float, speeds: tuple[float, ...], seconds: float, cpu_s: float = float("nan")
-) -> Loaded:
+def summed_up(seen: Observed, rate: float, seconds: float, cpu_s: float = float("nan")) -> Loaded:
     ok = seen.is_ok
     return Loaded(
         rate=rate,
@@ -236,6 +223,5 @@ def summed_up(
         coverage=float(np.where(ok, np.nan_to_num(seen.coverage), 0.0).mean()),
         client_s=seen.cpu_s / len(seen),
         cpu_s=cpu_s,
-        speeds=speeds,
         seconds=seconds,
     )

@@ -101,11 +101,11 @@ def plan(calibration: Calibration, question: Question) -> Plan:
 
 def variants(calibration: Calibration, question: Question) -> tuple[Model, Model, Model]:
     """The service as asked for on one machine: as calibrated, on its fast and on its slow minutes."""
-    ratios = np.asarray(calibration.speeds) / calibration.speed_s
+    slower = np.asarray(calibration.speeds)
     exponent = growth_of(calibration)
     growths = exponent.growth(question.items / calibration.items)
     chosen = Configuration(question.retrieve, question.rerank, question.workers or question.cores, question.p99_s)
-    scales = (1.0, min(1.0, float(np.quantile(ratios, 0.1))), max(1.0, float(np.quantile(ratios, 0.9))))
+    scales = (1.0, min(1.0, float(np.quantile(slower, 0.1))), max(1.0, float(np.quantile(slower, 0.9))))
     made = []
     for scale, growth in zip(scales, growths, strict=True):
         found = calibration.demand.retrieval

@@ -143,6 +143,11 @@ class Model:
         busy = (alone * cold + client) / (1 - alone * more) if alone * more < 1 else 1.0
         return cold + more * min(1.0, busy)
 
+    def cpu_s(self, rate: float) -> float:
+        """CPU of the service for a request at this rate."""
+        means = self.means()
+        return self.factor(rate) * (sum(means.values()) - means["client"])
+
     @property
     def bound(self) -> float:
         """Requests a second that no arrangement exceeds: the cores' time, or the loop's own, over what one takes."""

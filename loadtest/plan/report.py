@@ -58,10 +58,10 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
     """Which numbers were measured here, which fitted, simulated, extrapolated."""
     where = f"{calibration.date}, {calibration.machine}: {calibration.bundle}, {calibration.base} (a narrower copy)"
     yield _row("measured", where)
-    runs = f"the simulation is off by {calibration.error:.0%} on {len(calibration.loaded)} runs"
+    runs = f"the simulation is off by {calibration.error:.0%} on {calibration.n_fitted} runs"
     yield _row(
         "fitted",
-        f"{of_load(calibration)}; {runs}" if calibration.loaded else "nothing: no run under load could be used",
+        f"{of_load(calibration)}; {runs}" if calibration.n_fitted else "nothing: no run under load could be used",
     )
     if plan.is_shared:
         assumed = f"the event loop takes {FAN_OUT_S * 1e3:.2f} ms a shard; the calibration shared no request"

@@ -3,15 +3,18 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loadtest.__main__ import main
+from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
-from loadtest.plan.calibration import Configuration, write
+from loadtest.plan.calibration import Configuration, Loaded, write
+from loadtest.plan.recipe import model
 from loadtest.table import verdict
-from tests.loadtest.plan.made import CALIBRATION, calibration
+from tests.loadtest.plan.made import CALIBRATION, MS, calibration
 
 CONFIGURATION = Configuration(250, 50, 1, 0.1)
 
@@ -46,6 +49,37 @@ def test_the_table_says_measured_predicted_and_the_speed_met() -> None:
     assert "| 250 -> 50, 1 worker | 0.80 x | 100 / 110 | 50.0 / 40.0 |" in text
     assert "coverage 0.950" in text
     assert "nan" not in text
+
+
+def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tuple(Loaded(rate, 100, 0.01, 0.02, 1.0, 0.4 * MS, 5 * MS, 14.0) for rate in (50, 100, 150))
+    known = calibration(loaded=loaded)
+    then_s, asked = model(known, known.base, has_client=True).cpu_s(100), []
+    ratios = iter((1.3, 1.1, 0.9, 2.0))
+
+    def metered(target: object, rate: float, seconds: float, parts: int, seed: int) -> Loaded:
+        asked.append(rate)
+        return replace(loaded[1], cpu_s=then_s * next(ratios))
+
+    monkeypatch.setattr(bench.measure, "metered", metered)
+    again = bench.Again(None, known)  # type: ignore[arg-type]
+    for _ in range(2 * bench.AGAIN_AFTER + 1):
+        again()
+    assert asked == [100] * 3
+    assert again.slower() == pytest.approx(1.1)
+    again()
+    assert again.slower() == pytest.approx(2.0)
+
+
+def test_a_calibration_without_load_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Path(shutil.copytree(bundle, tmp_path / "tiny"))
+    (tmp_path / "tiny.requests.jsonl").write_text('{"k": 3}')
+    contents = bundles.contents_of(bundles.manifest_of(tiny))
+    write(calibration(contents=contents), tmp_path / "c.json")
+    assert main(["capacity", "--bundle", str(tiny), "--calibration", str(tmp_path / "c.json")]) == 2
+    assert "no run of the calibration under load" in capsys.readouterr().err
 
 
 def test_a_calibration_of_what_is_to_be_predicted_is_refused(

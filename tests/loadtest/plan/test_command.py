@@ -27,8 +27,10 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def known(tmp_path: Path, bundle: Path) -> list[str]:
     contents = contents_of(manifest_of(bundle))
-    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, (2e-3,), 10.0)
-    made = calibration(items=50, bundle="tiny", path=str(bundle), contents=contents, loaded=(run, run), error=0.1)
+    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, 10.0)
+    made = calibration(
+        items=50, bundle="tiny", path=str(bundle), contents=contents, loaded=(run, run), n_fitted=2, error=0.1
+    )
     write(made, tmp_path / "c.json")
     return ["--calibration", str(tmp_path / "c.json")]
 

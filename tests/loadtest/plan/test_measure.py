@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from loadtest.plan.calibration import CalibrationError, Configuration, read, wri
 from loadtest.plan.costs import Exponent
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import Spent, niceness, read_memory
-from loadtest.plan.speed import probing
 from tests.loadtest.plan.made import BASE, DEMAND, calibration
 
 
@@ -66,16 +66,13 @@ def server(bundle: Path) -> Iterator[Server]:
 
 
 def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundle: Path) -> None:
-    with probing(cores=1) as probe:
-        assert 0 < probe() < 10
-        target = measure.aim(server, [json.dumps({"k": 3}).encode()], probe)
-        seen = measure.single(target, 32, 20)
+    target = measure.aim(server, [json.dumps({"k": 3}).encode()])
+    seen = measure.single(target, 32, 20)
     assert seen.took.shape == (20, len(COLUMNS))
     total = seen.took[:, COLUMNS.index("total")]
     assert np.all(total >= seen.took[:, :-1].sum(axis=1) - 1e-5)
     assert seen.spent.loop > 0
     assert seen.spent.workers > 0
-    assert seen.scaled(2.0).took == pytest.approx(2 * seen.took)
     held = read_memory(server, bundle)
     assert held.processes == 1 + 2 + 1  # the main one, two workers, a spare
     assert held.pss > held.main_private > 0
@@ -83,7 +80,21 @@ def test_a_service_tells_its_stages_its_cpu_and_its_memory(server: Server, bundl
 
 
 def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
-    with probing(cores=1) as probe:
-        target = measure.aim(server, [b'{"no such": 1}'], probe)
-        with pytest.raises(RuntimeError, match="status 422"):
-            measure.single(target, 32, 1)
+    target = measure.aim(server, [b'{"no such": 1}'])
+    with pytest.raises(RuntimeError, match="status 422"):
+        measure.single(target, 32, 1)
+
+
+def test_a_run_in_parts_calls_what_is_to_be_done_between_them_and_meters_the_service(server: Server) -> None:
+    target, calls = measure.aim(server, [json.dumps({"k": 3}).encode()]), list[int]()
+    seen = measure.run(target, 50, 1.0, 2, 7, between=lambda: calls.append(1))
+    assert len(calls) == 2 and len(seen) > 20 and seen.is_ok.all()
+    met = measure.metered(target, 50, 0.5, 1, 8)
+    assert 0 < met.cpu_s < 0.1
+    assert met.requests > 10
+
+
+def test_parts_are_as_slow_as_what_their_requests_took_over_the_median_part() -> None:
+    plain = single(BASE.rerank)
+    took = [replace(plain, spent=Spent(plain.spent.loop * by, plain.spent.workers * by)) for by in (1.0, 1.2, 0.9)]
+    assert measure._slower([[one] for one in took]) == pytest.approx([1.0, 1.2, 0.9])

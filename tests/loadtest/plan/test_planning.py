@@ -66,12 +66,13 @@ def test_a_request_that_takes_longer_than_the_sla_is_never_planned_however_seldo
 
 
 def test_a_calibration_that_its_own_runs_contradict_is_doubted() -> None:
-    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, (2 * MS,), 10.0)
-    good = calibration(loaded=(run, run), error=0.2)
+    run = Loaded(50.0, 500, 0.01, 0.03, 1.0, 1e-3, 5e-3, 10.0)
+    good = calibration(loaded=(run, run), n_fitted=2, error=0.2)
     assert good.doubt is None
     assert "off by 157%" in str(replace(good, error=1.57).doubt)
     assert "nan" in str(replace(good, error=math.nan).doubt)
-    assert "only 1" in str(replace(good, loaded=(run,)).doubt)
+    assert "only 1" in str(replace(good, n_fitted=1).doubt)
+    assert "over 2 times as far" in str(replace(good, stretch=2.0).doubt)
     bad = replace(good, error=1.57)
     said = list(plan_lines(bad, QUESTION, plan(bad, QUESTION), 1e9))
     assert said[1].startswith("DO NOT TRUST IT")
@@ -102,7 +103,7 @@ def test_without_a_measured_exponent_the_assumed_one_says_so() -> None:
 
 
 def test_minutes_in_which_the_machine_was_slow_widen_the_interval() -> None:
-    speeds = tuple(2 * MS * s for s in (0.9, 0.95, 1.0, 1.3, 1.4))
+    speeds = (0.9, 0.95, 1.0, 1.3, 1.4)
     calm, uneasy = (plan(c, QUESTION) for c in (CALIBRATION, calibration(speeds=speeds)))
     assert uneasy.rate.low < calm.rate.low
     assert uneasy.rate.high > calm.rate.high
