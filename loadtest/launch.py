@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 120.0  # to load and warm the largest bundle on a busy machine
 STOP_S = 30.0
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 KEPT_LINES = 200
 
 
@@ -149,10 +150,11 @@ def noop(size: int) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def by_hand(bundle: Path, processes: int) -> Iterator[Server]:
-    """The server that is glued by hand over this bundle."""
+    """The server that is glued by hand over this bundle; one thread computes in each process, as in the service's."""
     port = free_port()
-    with _started(["loadtest.limits.by_hand", str(port), str(bundle.resolve()), str(processes)], {}, None) as started:
-        server = Server(started[0], port, 0, started[1])
+    command = ["loadtest.limits.by_hand", str(port), str(bundle.resolve()), str(processes)]
+    with _started(command, ONE_THREAD, None) as (process, lines):
+        server = Server(process, port, 0, lines)
         server.wait_until_ready()
         yield server
 

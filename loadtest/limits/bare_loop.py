@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.agreement import Reference
-from loadtest.launch import ROOT, STOP_S
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+from loadtest.launch import ONE_THREAD, ROOT, STOP_S
 
 
 @dataclass(frozen=True, slots=True)

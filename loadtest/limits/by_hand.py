@@ -3,7 +3,8 @@
 What the service is compared with where there is none: kernels.py in a thread beside each process's event loop, a
 pydantic model for the body, orjson for the answer, uvicorn's own processes on one port. It has no deadline, no queue
 limit, no contracts, no metrics and no log; whoever writes one by hand begins with this. It answers in the form that the
-generator reads.
+generator reads. Processes share a socket, so a client's connections stay with whoever took them, and one process may
+have a queue while another idles: its highest rate depends on that luck, as such a server's does.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from loadtest.limits.kernels import Asked, look_up, opened
+from loadtest.limits.kernels import WARM_UP, Asked, look_up, opened
 
 BUNDLE = "BY_HAND_BUNDLE"  # environment variable: uvicorn starts its processes anew
 
@@ -56,6 +57,11 @@ def create_app() -> FastAPI:
         ]
         width = {"wanted": asked.width, "reranked": asked.width}
         return orjson.dumps({"items": items, "coverage": width, "degraded": [], "generation": g.name})
+
+    proved = [look_up(g, golden.request) for golden in g.manifest.golden]
+    usable = [asked for asked in proved if isinstance(asked, Asked)]
+    for number in range(WARM_UP if usable else 0):  # each process, before it is ready
+        kernels.answer(usable[number % len(usable)])
 
     @app.post("/v1/rank")
     async def rank(request: Request) -> Response:

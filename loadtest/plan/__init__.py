@@ -5,7 +5,7 @@ metering.py     whose CPU and whose memory it was, from /proc
 demand.py       single requests ─▶ what a request takes whom, by width
 calibration.py  what was measured, as JSON
 costs.py        lines over widths; powers, with intervals
-fit.py          the three numbers of the machine that no meter shows, from runs under load
+fit.py          the numbers of the machine that no meter shows, from runs under load
 complexity.py   how cost grows with catalogue, width and model
 recipe.py       WHO RUNS WHAT: a configuration ─▶ stations and steps
 simulation.py   stations and steps ─▶ latencies; knows no funnel

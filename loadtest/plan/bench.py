@@ -24,7 +24,7 @@ import numpy as np
 
 from loadtest import launch, search
 from loadtest.lab.bodies import for_bundle
-from loadtest.plan import bundles, calibration, measure
+from loadtest.plan import bundles, calibration, fit, measure
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
@@ -39,7 +39,7 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
-AGAIN_S, AGAIN_AFTER = 3.0, 3  # of the calibration's own configuration; after so many steps or parts
+AGAIN_S, AGAIN_AFTER = (1.0, 3.0), 3  # of its own configuration, first to get warm; after so many steps or parts
 SEARCHES = 3  # of the highest rate, whose median counts: single ones are a tenth off
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
@@ -102,9 +102,11 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
                 raise CalibrationError("no run of the calibration under load could be used")
             base = calibrated.base
             narrow = bundles.at_widths(parsed.bundle, folder, base.retrieve, base.rerank)
-            known = measure.aim(stack.enter_context(measure.serve(narrow, base)), bodies)
-            measure.single(known, base.rerank, 100)
-            again = Again(known, calibrated)
+            known = stack.enter_context(measure.serve(narrow, base))
+            measure.single(measure.aim(known, bodies), base.rerank, 100)
+            again = Again(known, bodies, calibrated)
+            again()
+            say(f"asked again at once, the calibrated configuration takes {again.slower():.2f} x the CPU")
         except (CalibrationError, RuntimeError, OSError) as e:
             print(f"refused: {e}", file=sys.stderr)
             return 2
@@ -115,7 +117,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             say(f"{number}: {row.configuration} …")
             try:
                 bundle = bundles.at_widths(parsed.bundle, folder, retrieve, rerank)
-                _measure(row, bundle, bodies, again, is_quick=parsed.quick, say=say)
+                _measure(row, bundle, Again(known, bodies, calibrated), is_quick=parsed.quick, say=say)
             except (RuntimeError, OSError) as e:  # the others are still worth having; this one misses its bars
                 say(f"  could not be measured: {e}")
                 row.notes.append(f"not measured: {type(e).__name__}")
@@ -160,42 +162,46 @@ def _calibrated(
 class Again:
     """The calibration's own configuration, asked again between runs: how much slower the machine is than it was then.
 
-    met: since it was last asked for.
+    due: calls until it is asked. met: since it was last asked for.
     """
 
-    known: measure.Target
+    server: launch.Server
+    bodies: Sequence[bytes]
     calibrated: Calibration
-    calls: int = 0
+    due: int = 0
+    seed: int = 0
     met: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
-        """Between two runs; asks at the first call and then at each third."""
-        if self.calls % AGAIN_AFTER == 0:
+        """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
+        if not self.due:
             rate = self.calibrated.loaded[len(self.calibrated.loaded) // 2].rate
-            then = model(self.calibrated, self.calibrated.base, has_client=True)
-            now = measure.metered(self.known, rate, AGAIN_S, 1, self.calls)
-            self.met.append(now.cpu_s / then.cpu_s(rate))
-        self.calls += 1
+            target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
+            measure.run(target, rate, AGAIN_S[0], seed=self.seed)
+            now = measure.metered(target, rate, AGAIN_S[1], seed=self.seed)
+            if fit.is_usable(now):
+                self.met.append(fit.slower(self.calibrated, now))
+        self.due = (self.due or AGAIN_AFTER) - 1
 
     def slower(self) -> float:
-        """The median of what was met; from here on it is met anew."""
-        found, self.met, self.calls = float(np.median(self.met)), [], 0
-        return found
+        """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
+        found, self.met, self.due = self.met, [], 0
+        if not found:
+            raise RuntimeError("the calibrated configuration could not be asked again: the machine is too busy")
+        return float(np.median(found))
 
 
 # --------------------------------------------------------------------------------------- one configuration
 
 
-def _measure(
-    row: Row, bundle: Path, bodies: Sequence[bytes], again: Again, *, is_quick: bool, say: Callable[[str], None]
-) -> None:
+def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Callable[[str], None]) -> None:
     """Fill the row. Raises RuntimeError when the service can't be measured."""
 
     def predicts(slower: float) -> Model:
         return model(again.calibrated, row.configuration, scale=slower, has_client=True)
 
     with measure.serve(bundle, row.configuration) as server:
-        target = measure.aim(server, bodies)
+        target = measure.aim(server, again.bodies)
         measure.single(target, row.configuration.rerank, 100)
         steps = 0
         step_s = 2.0 if is_quick else STEP_S
@@ -203,7 +209,7 @@ def _measure(
         def holds(rate: float) -> bool:
             nonlocal steps
             settle(server)
-            seen = measure.run(target, rate, step_s, 1, steps, again)
+            seen = measure.run(target, rate, step_s, seed=steps, between=again)
             steps += 1
             one = measure.summed_up(seen, rate, step_s)
             say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
@@ -222,7 +228,7 @@ def _measure(
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f} {met}")
         for share in SHARES:
             settle(server)
-            _at(row, share, target, again, predicts, 200 if is_quick else REQUESTS, say)
+            _at(row, share, target, again, predicts=predicts, requests=200 if is_quick else REQUESTS, say=say)
 
 
 def _at(
@@ -230,6 +236,7 @@ def _at(
     share: float,
     target: measure.Target,
     again: Again,
+    *,
     predicts: Callable[[float], Model],
     requests: int,
     say: Callable[[str], None],
@@ -237,7 +244,9 @@ def _at(
     rate = share * row.rate
     seconds = requests * 1.05 / rate  # a Poisson process of so long has at least so many
     parts = math.ceil(seconds / PART_S)
-    seen = measure.run(target, rate, seconds, parts, int(share * 100), again)
+    before = target.spent()
+    seen = measure.run(target, rate, seconds, parts=parts, seed=int(share * 100), between=again)
+    used = target.spent().since(before, len(seen))
     one, slower = measure.summed_up(seen, rate, seconds), again.slower()
     predicted = predicts(slower)
     met = np.concatenate([predicted.at(rate, seconds, seed).latency_s for seed in range(SIMULATED)])
@@ -245,8 +254,9 @@ def _at(
     late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
     p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in row.p99_s[share]))
+    cpu = f"CPU {(used.loop + used.workers) * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
     late = f"sent late by {late_ms:.2f} ms"
-    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {late}; {slower:.2f} x as slow")
+    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {slower:.2f} x as slow")
     if one.coverage < LEAST_COVERAGE:
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
     if late_ms > LATE_MS:

@@ -14,7 +14,7 @@ from loadtest.plan.costs import Exponent, Line
 
 FORMAT = 8
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
-MOST_STRETCH = 2.0  # beyond it a p99 is made by stalls, and nobody knows of which length they are the next time
+MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
 
 
@@ -89,11 +89,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. warmth, wake_s, stretch: of the machine, fitted on `loaded` (fit.py); error: what the fit left.
+    """One calibration. warmth, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
-    n_fitted: how many of these told of waits. speeds: what requests took the service in each part, over the median.
-    search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the caller named it. contents:
-    of its files, whatever its widths (bundles.py).
+    error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
+    round, over the median. search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the
+    caller named it. contents: of its files, whatever its widths (bundles.py).
     """
 
     date: str
@@ -115,6 +115,7 @@ class Calibration:
     memory: Memory
     warmth: tuple[float, float] = (1.0, 0.0)
     wake_s: float = 0.0
+    beyond_s: float = 0.0
     stretch: float = 1.0
     n_fitted: int = 0
     error: float = float("nan")
@@ -127,11 +128,11 @@ class Calibration:
         if self.is_quick:
             return "a quick calibration only shows that it works"
         if self.n_fitted < LEAST_RUNS:
-            return f"only {self.n_fitted} of its runs under load could be used"
+            return f"only {self.n_fitted} of its runs under load kept the whole funnel and left the cores some time"
         if not self.error <= MOST_ERROR:
             return f"its simulation is off by {self.error:.0%} on its own {self.n_fitted} runs"
-        if self.stretch >= MOST_STRETCH:
-            return f"its p99s lie over {MOST_STRETCH:g} times as far over the median as simulated"
+        if not 1 / MOST_STRETCH < self.stretch < MOST_STRETCH:
+            return f"its p99s lie {self.stretch:.1f} times as far over the median as simulated"
         return None
 
 

@@ -1,12 +1,15 @@
-"""The numbers of a machine that show only under load: `warmth`, `wake_s` and `stretch`. Pure.
+"""The numbers of a machine that show only under load: `warmth`, `wake_s`, `beyond_s`, `stretch`. Pure.
 
 What a request takes is metered one request at a time. Under load its CPU is another: on cores that idle in between
 caches are cold, on busy ones they are warm, but neighbours are in the way. `warmth` is a line through the CPU a request
-that was metered in the loaded runs, over what the demand says, by how busy the cores were. `wake_s` is how long who
-wakes waits for a turn while all cores are busy: chosen so that the simulation of those runs that leave the cores some
-time comes nearest to their medians, by the mean absolute log ratio, on a grid that is made finer. Medians alone,
-since p99s also hold the stalls of the machine, which are nobody's load: `stretch` is how much farther over their median
-the measured p99s are than the simulated ones, the median over these runs.
+that was metered in the loaded runs, over what the demand says, by how busy the cores were.
+
+The medians of those runs that leave the cores some time say two things more. `beyond_s` is what every latency holds
+that nobody meters: the kernel's way from the generator and back, cores that wake up. `wake_s` is how long who wakes
+waits for a turn while all cores are busy: the shortest with which, and with the best `beyond_s` for it, the simulated
+medians come nearest to the measured, by the mean absolute log ratio, on a grid that is made finer. Medians alone, since
+p99s also hold the stalls of the machine, which are nobody's load: `stretch` is how much farther over their median the
+measured p99s are than the simulated ones, the median over these runs.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ from loadtest.plan.recipe import model
 
 WARMTH = (0.5, 2.0)  # of the demand, on idle and on busy cores
 WAKE_S = (0.0, 1e-2)  # up to a few of the scheduler's turns
-GRID, ROUNDS = 7, 2
+GRID, ROUNDS, ALIKE = 7, 2, 0.004  # beyond half a millisecond medians hardly move: a longer wait must show
 SPREAD = 0.25  # of the cores: runs less different say what the CPU is, but not how it changes
 LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
 MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures
@@ -30,13 +33,14 @@ TIMES = 8  # that a run is simulated for its p99: of a thousand requests it is a
 
 
 def fit(calibration: Calibration) -> Calibration:
-    """The calibration with all three, and with the error that is left."""
+    """The calibration with all of them, and with the error that is left."""
     runs = [run for run in calibration.loaded if is_usable(run)]
     if not runs:
         return calibration
     warm = replace(calibration, warmth=warmth(calibration, runs))
     runs = [run for run in runs if run.work <= EASY * calibration.cores] or runs[:1]
-    fitted = replace(warm, wake_s=wake_s(warm, runs))
+    wake_s, beyond_s = waits(warm, runs)
+    fitted = replace(warm, wake_s=wake_s, beyond_s=beyond_s)
     simulated = [_simulated(fitted, run) for run in runs]
     wide = stretch(runs, simulated)
     return replace(fitted, stretch=wide, n_fitted=len(runs), error=error(runs, simulated, wide))
@@ -50,7 +54,7 @@ def is_usable(run: Loaded) -> bool:
 def warmth(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, float]:
     """What a request's CPU is of the demand on idle cores, and what is added to that on busy ones."""
     busy = np.array([run.work / calibration.cores for run in runs])
-    ratio = np.array([run.cpu_s for run in runs]) / sum(model(calibration, calibration.base).means().values())
+    ratio = np.array([run.cpu_s for run in runs]) / _alone_s(calibration)
     if np.ptp(busy) < SPREAD:
         return float(np.clip(ratio.mean(), *WARMTH)), 0.0
     more, cold = np.polyfit(busy, ratio, 1)
@@ -58,19 +62,37 @@ def warmth(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, flo
     return float(cold), float(hot - cold)
 
 
-def wake_s(calibration: Calibration, runs: Sequence[Loaded]) -> float:
-    """Where the simulated medians come nearest to the measured."""
-    span, best = WAKE_S, (float("inf"), 0.0)
+def slower(calibration: Calibration, run: Loaded) -> float:
+    """How much slower the machine was in this run, of the base configuration, than in the calibration: by its CPU."""
+    cold, more = calibration.warmth
+    return run.cpu_s / (_alone_s(calibration) * (cold + more * min(1.0, run.work / calibration.cores)))
 
-    def off(wake_s: float) -> float:
-        tried = replace(calibration, wake_s=wake_s)
-        return float(np.mean([abs(np.log(_simulated(tried, run, 1)[0] / run.p50_s)) for run in runs]))
+
+def _alone_s(calibration: Calibration) -> float:
+    """CPU of a request of the base configuration, one at a time."""
+    return sum(model(calibration, calibration.base).means().values())
+
+
+def waits(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, float]:
+    """wake_s, the shortest that does as well as any, nearly; and beyond_s with it."""
+    span, tried = WAKE_S, dict[float, tuple[float, float]]()
+    measured = np.array([run.p50_s for run in runs])
+
+    def off(wake_s: float) -> tuple[float, float]:
+        with_it = replace(calibration, wake_s=wake_s)
+        simulated = np.array([_simulated(with_it, run, 1)[0] for run in runs])
+        beyond_s = max(0.0, float(np.median(measured - simulated)))
+        return float(np.abs(np.log((simulated + beyond_s) / measured)).mean()), beyond_s
+
+    def shortest() -> float:
+        least = min(far for far, _ in tried.values())
+        return min(w for w, (far, _) in tried.items() if far <= least + ALIKE)
 
     for _ in range(ROUNDS):
-        best = min(best, *((off(float(w)), float(w)) for w in np.linspace(*span, GRID)))
+        tried |= {float(w): off(float(w)) for w in np.linspace(*span, GRID) if float(w) not in tried}
         step = (span[1] - span[0]) / (GRID - 1)
-        span = max(WAKE_S[0], best[1] - step), min(WAKE_S[1], best[1] + step)
-    return best[1]
+        span = max(WAKE_S[0], shortest() - step), min(WAKE_S[1], shortest() + step)
+    return shortest(), tried[shortest()][1]
 
 
 def stretch(runs: Sequence[Loaded], simulated: Sequence[tuple[float, float]]) -> float:

@@ -5,9 +5,10 @@
     smaps                                                     ─▶ memory
 
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
-narrow widths, and one service shows them all. Widths take turns, so that a minute in which the machine is slow is slow
-for all of them. No piece of work beside the service tells how fast that is: such probes moved by a fifth while what a
-request took the service stayed within a twentieth, so it is the service's own CPU that tells.
+narrow widths, and one service shows them all. Widths take turns, and the many single requests at the base's beside
+them, so that a minute in which the machine is slow is slow for all. No piece of work beside the service tells how fast
+that is: such probes moved by a fifth while what a request took the service stayed within a twentieth (2026-11-27, W1,
+24 runs of 8 s), so it is the service's own CPU that tells.
 """
 
 import contextlib
@@ -161,8 +162,10 @@ def widths(base: Configuration) -> list[int]:
 def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, tuple[float, ...]]:
     """What a request takes whom, by width; and how slow each part was, over the median."""
     say(f"widths {', '.join(map(str, widths(base)))}")
-    rounds = [[single(target, width, A_ROUND) for width in widths(base)] for _ in range(max(2, ROUNDS // short))]
-    alike = [single(target, base.rerank, SINGLE // 10 // short) for _ in range(10)]
+    rounds, alike = list[list[Single]](), list[Single]()
+    for _ in range(max(2, ROUNDS // short)):
+        rounds.append([single(target, width, A_ROUND) for width in widths(base)])
+        alike.append(single(target, base.rerank, SINGLE // ROUNDS // short))
     demand = demand_of([run for one in rounds for run in one], alike, base, niceness(target.server))
     return demand, (*_slower(rounds), *_slower([[run] for run in alike]))
 
@@ -180,9 +183,9 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
     """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
-    run(target, rate, seconds / PARTS, 1, LOADS)  # nobody's first load counts either
+    run(target, rate, seconds / PARTS, seed=LOADS)  # nobody's first load counts either
     for number in range(LOADS):
-        one = metered(target, rate, seconds, PARTS, number)
+        one = metered(target, rate, seconds, parts=PARTS, seed=number)
         met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
         say(f"{rate:.0f} a second: {met}")
         is_usable = fit.is_usable(one)
@@ -194,7 +197,13 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
 
 
 def run(
-    target: Target, rate: float, seconds: float, parts: int, seed: int, between: Callable[[], None] = lambda: None
+    target: Target,
+    rate: float,
+    seconds: float,
+    *,
+    parts: int = 1,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> Observed:
     """Open-loop load in parts, `between` called before each; all parts as one."""
     seen = []
@@ -205,10 +214,10 @@ def run(
     return joined(seen)
 
 
-def metered(target: Target, rate: float, seconds: float, parts: int, seed: int) -> Loaded:
+def metered(target: Target, rate: float, seconds: float, *, parts: int = 1, seed: int = 0) -> Loaded:
     """A run with the service's CPU: of the processes that it had when `target` was aimed."""
     before = target.spent()
-    seen = run(target, rate, seconds, parts, seed)
+    seen = run(target, rate, seconds, parts=parts, seed=seed)
     used = target.spent().since(before, len(seen))
     return summed_up(seen, rate, seconds, used.loop + used.workers)
 

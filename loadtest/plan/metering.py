@@ -24,8 +24,11 @@ class Spent:
 
 
 def spent(main: int, workers: Iterable[int]) -> Spent:
-    """CPU so far, in nanoseconds' precision. Raises RuntimeError where the kernel keeps no such account."""
-    of_workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in workers]
+    """CPU so far, in nanoseconds' precision. Raises RuntimeError where it isn't to be had: says why."""
+    try:
+        of_workers = [sum(map(_cpu, Path(f"/proc/{pid}/task").iterdir())) for pid in workers]
+    except FileNotFoundError as e:
+        raise RuntimeError(f"a worker ended while its CPU was metered ({e.filename})") from e
     if not (loop := _cpu(Path(f"/proc/{main}/task/{main}"))):
         raise RuntimeError("/proc/…/schedstat: this kernel doesn't count, a calibration needs it")
     return Spent(loop, sum(of_workers))

@@ -38,8 +38,8 @@ class Model:
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
     SLA, by which the search must be over, or the service narrows it. warmth: what the service's CPU for a
     request is of the demand where cores are idle, and what is added to that where all are busy: less than nothing if
-    caches stay warm. warm: what it is here. stretch: of what latencies are over their median. The client's was metered
-    under load.
+    caches stay warm. warm: what it is here. beyond_s: in every latency, by nobody here. stretch: of what latencies are
+    over their median. The client's was metered under load.
     """
 
     demand: Demand
@@ -51,6 +51,7 @@ class Model:
     search_share: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
     warm: float = 1.0
+    beyond_s: float = 0.0
     stretch: float = 1.0
 
     @property
@@ -130,7 +131,12 @@ class Model:
         here = replace(self, warm=self.factor(rate))
         seen = simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
         over = np.maximum(seen.latency_s - np.median(seen.latency_s), 0.0)
-        return replace(seen, latency_s=seen.latency_s + (self.stretch - 1) * over)
+        return replace(seen, latency_s=seen.latency_s + self.scale * self.beyond_s + (self.stretch - 1) * over)
+
+    def cpu_s(self, rate: float) -> float:
+        """CPU of the service for a request at this rate."""
+        means = self.means()
+        return self.factor(rate) * (sum(means.values()) - means["client"])
 
     def factor(self, rate: float) -> float:
         """What the service's CPU for a request is of the demand at this rate: by how busy it keeps the cores.
@@ -142,11 +148,6 @@ class Model:
         alone = rate * sum(means.values()) / self.machine.cores
         busy = (alone * cold + client) / (1 - alone * more) if alone * more < 1 else 1.0
         return cold + more * min(1.0, busy)
-
-    def cpu_s(self, rate: float) -> float:
-        """CPU of the service for a request at this rate."""
-        means = self.means()
-        return self.factor(rate) * (sum(means.values()) - means["client"])
 
     @property
     def bound(self) -> float:
@@ -220,5 +221,6 @@ def model(
         scale,
         calibration.search_share,
         calibration.warmth,
+        beyond_s=calibration.beyond_s,
         stretch=calibration.stretch,
     )

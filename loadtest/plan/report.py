@@ -50,8 +50,9 @@ def of_load(calibration: Calibration) -> str:
     """What was fitted on the runs under load, in words."""
     cold, more = calibration.warmth
     takes = f"a request's CPU is {cold:.2f} x that of one at a time on idle cores and {cold + more:.2f} x on busy ones"
-    waits = f"who wakes on busy cores waits {calibration.wake_s * 1e3:.2f} ms"
-    return f"{takes}, {waits}, over the median latencies are {calibration.stretch:.2f} x the simulated"
+    waits = f"who wakes on busy cores waits about {calibration.wake_s * 1e3:.1f} ms"
+    beyond = f"{calibration.beyond_s * 1e3:.1f} ms of every latency are nobody's"
+    return f"{takes}, {waits}, {beyond}, over the median latencies are {calibration.stretch:.2f} x the simulated"
 
 
 def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Iterator[str]:

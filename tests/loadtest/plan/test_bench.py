@@ -12,7 +12,6 @@ from loadtest.__main__ import main
 from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
 from loadtest.plan.calibration import Configuration, Loaded, write
-from loadtest.plan.recipe import model
 from loadtest.table import verdict
 from tests.loadtest.plan.made import CALIBRATION, MS, calibration
 
@@ -52,23 +51,30 @@ def test_the_table_says_measured_predicted_and_the_speed_met() -> None:
 
 
 def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = tuple(Loaded(rate, 100, 0.01, 0.02, 1.0, 0.4 * MS, 5 * MS, 14.0) for rate in (50, 100, 150))
-    known = calibration(loaded=loaded)
-    then_s, asked = model(known, known.base, has_client=True).cpu_s(100), []
-    ratios = iter((1.3, 1.1, 0.9, 2.0))
+    """Alone it takes 1 + .2 + 1.3 + .2 + 1.58 ms; at 100 a second, with .4 ms of the client's, two cores are warm."""
+    plain = Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)
+    known, asked = calibration(loaded=[replace(plain, rate=rate) for rate in (50, 100, 150)], warmth=(1.2, -0.4)), []
+    slower = iter((1.3, 1.1, 0.9, 2.0))
 
-    def metered(target: object, rate: float, seconds: float, parts: int, seed: int) -> Loaded:
-        asked.append(rate)
-        return replace(loaded[1], cpu_s=then_s * next(ratios))
+    def metered(target: object, rate: float, seconds: float, *, seed: int) -> Loaded:
+        asked.append((rate, seed))
+        scale, cpu_s = next(slower), 0.0
+        for _ in range(50):  # what is slower keeps the cores busier, and so warmer
+            cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
+        return replace(plain, cpu_s=cpu_s)
 
     monkeypatch.setattr(bench.measure, "metered", metered)
-    again = bench.Again(None, known)  # type: ignore[arg-type]
+    monkeypatch.setattr(bench.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(bench.measure, "aim", lambda *given: None)
+    again = bench.Again(None, [], known)  # type: ignore[arg-type]
     for _ in range(2 * bench.AGAIN_AFTER + 1):
         again()
-    assert asked == [100] * 3
+    assert asked == [(100, 1), (100, 2), (100, 3)]
     assert again.slower() == pytest.approx(1.1)
     again()
     assert again.slower() == pytest.approx(2.0)
+    with pytest.raises(RuntimeError, match="could not be asked again"):
+        again.slower()
 
 
 def test_a_calibration_without_load_is_refused(

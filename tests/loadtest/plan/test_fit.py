@@ -14,9 +14,9 @@ from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration
 Warmth = tuple[float, float]
 
 
-def met(warmth: Warmth, wake_s: float, rate: float, stretch: float = 1.0) -> Loaded:
+def met(warmth: Warmth, wake_s: float, rate: float, stretch: float = 1.0, beyond_s: float = 0.0) -> Loaded:
     """A run as a machine with these numbers would have shown it; of other arrivals than the fit draws."""
-    machine = replace(CALIBRATION, warmth=warmth, wake_s=wake_s, stretch=stretch)
+    machine = replace(CALIBRATION, warmth=warmth, wake_s=wake_s, stretch=stretch, beyond_s=beyond_s)
     planted = model(machine, BASE, has_client=True)
     runs = [planted.at(rate, 20, seed) for seed in range(10_000, 10_008)]
     client_s = CALIBRATION.demand.client_s
@@ -37,15 +37,16 @@ def test_planted_numbers_predict_a_rate_that_was_not_fitted(warmth: Warmth) -> N
     assert seen.percentile_s(99) == pytest.approx(other.p99_s, rel=0.25)
 
 
-@pytest.mark.parametrize("planted", [0.8, 1.4])
-def test_a_planted_stretch_is_found_beside_a_wait(planted: float) -> None:
+@pytest.mark.parametrize(("planted", "beyond_s"), [(0.8, 0.0), (1.4, 1 * MS)])
+def test_a_planted_stretch_is_found_beside_waits(planted: float, beyond_s: float) -> None:
     """The wait itself can't be: a core is free soon, and beyond half a millisecond it moves a median by a fiftieth."""
-    loaded = tuple(met((1.0, 0.0), 1 * MS, rate, stretch=planted) for rate in (100, 150, 200, 300))
+    loaded = tuple(met((1.0, 0.0), 1 * MS, rate, planted, beyond_s) for rate in (100, 150, 200, 300))
     found = fit(calibration(loaded=loaded))
     assert found.n_fitted == len(loaded)
     assert found.stretch == pytest.approx(planted, rel=0.07)
     assert found.error < 0.05
-    other, seen = met((1.0, 0.0), 1 * MS, 250, stretch=planted), model(found, BASE, has_client=True).at(250, 60)
+    assert found.beyond_s == pytest.approx(beyond_s, abs=0.15 * MS)
+    other, seen = met((1.0, 0.0), 1 * MS, 250, planted, beyond_s), model(found, BASE, has_client=True).at(250, 60)
     assert seen.percentile_s(50) == pytest.approx(other.p50_s, rel=0.03)
     assert seen.percentile_s(99) == pytest.approx(other.p99_s, rel=0.1)
 
@@ -59,7 +60,10 @@ def test_a_flat_run_says_nothing_of_the_stretch() -> None:
     assert fit_module.stretch([flat], [simulated]) == 1.0
     far = replace(good, p99_s=500 * MS)
     assert fit_module.stretch([far], [simulated]) == MOST_STRETCH
-    assert "2 times" in str(calibration(n_fitted=4, error=0.1, stretch=MOST_STRETCH).doubt)
+    near = replace(good, p99_s=10.5 * MS)
+    assert fit_module.stretch([near], [simulated]) == 1 / MOST_STRETCH
+    for beyond in (MOST_STRETCH, 1 / MOST_STRETCH):
+        assert "as far over the median" in str(calibration(n_fitted=4, error=0.1, stretch=beyond).doubt)
 
 
 def test_a_run_of_busy_cores_says_what_the_cpu_is_and_nothing_of_waits() -> None:

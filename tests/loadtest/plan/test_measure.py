@@ -13,7 +13,7 @@ from loadtest.plan import measure
 from loadtest.plan.calibration import CalibrationError, Configuration, read, write
 from loadtest.plan.costs import Exponent
 from loadtest.plan.demand import COLUMNS, Single, demand_of
-from loadtest.plan.metering import Spent, niceness, read_memory
+from loadtest.plan.metering import Spent, niceness, read_memory, spent
 from tests.loadtest.plan.made import BASE, DEMAND, calibration
 
 
@@ -87,11 +87,16 @@ def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
 
 def test_a_run_in_parts_calls_what_is_to_be_done_between_them_and_meters_the_service(server: Server) -> None:
     target, calls = measure.aim(server, [json.dumps({"k": 3}).encode()]), list[int]()
-    seen = measure.run(target, 50, 1.0, 2, 7, between=lambda: calls.append(1))
+    seen = measure.run(target, 50, 1.0, parts=2, between=lambda: calls.append(1))
     assert len(calls) == 2 and len(seen) > 20 and seen.is_ok.all()
-    met = measure.metered(target, 50, 0.5, 1, 8)
+    met = measure.metered(target, 50, 0.5, seed=8)
     assert 0 < met.cpu_s < 0.1
     assert met.requests > 10
+
+
+def test_who_ended_while_he_was_metered_is_named(server: Server) -> None:
+    with pytest.raises(RuntimeError, match=f"a worker ended .*/proc/{1 << 22}"):
+        spent(server.process.pid, [1 << 22])  # above the largest that Linux gives
 
 
 def test_parts_are_as_slow_as_what_their_requests_took_over_the_median_part() -> None:

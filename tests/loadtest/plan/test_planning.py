@@ -72,7 +72,7 @@ def test_a_calibration_that_its_own_runs_contradict_is_doubted() -> None:
     assert "off by 157%" in str(replace(good, error=1.57).doubt)
     assert "nan" in str(replace(good, error=math.nan).doubt)
     assert "only 1" in str(replace(good, n_fitted=1).doubt)
-    assert "over 2 times as far" in str(replace(good, stretch=2.0).doubt)
+    assert "2.0 times as far" in str(replace(good, stretch=2.0).doubt)
     bad = replace(good, error=1.57)
     said = list(plan_lines(bad, QUESTION, plan(bad, QUESTION), 1e9))
     assert said[1].startswith("DO NOT TRUST IT")
