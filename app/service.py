@@ -89,7 +89,7 @@ class Service:
         journal = self._journal(generation)
         changes = await asyncio.to_thread(journal.read)
         await asyncio.to_thread(live.replay, generation, changes, str(journal.file))
-        given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs)
+        given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs, self.gate.sla_s)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
         pool.changes.extend(changes)
         funnel = Funnel(generation, pool, given.reserve_s, runner=pool)

@@ -40,7 +40,7 @@ CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
 SEARCHING = 50  # looks until a request that nobody waits for must be left: a search can't be stopped
-ALONE = 0.3  # of the time there is, for re-ranking by one worker: to share what takes less costs more than it saves
+ALONE = 0.3  # of the time there is, and of the SLA, for one worker to re-rank: to share less costs more than it saves
 STEADY_S = 10.0  # a worker that lived so long starts its next life with a clean record
 BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled for each early death, and the most
 RECENT = 0.2  # weight of a slice in what a worker's rows take it
@@ -176,7 +176,7 @@ class WorkerPool:
         """See Runner."""
         widths, left_s = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s - time.monotonic()
         alone_s = self.cost.seconds(quality * (sent.rerank_count or widths.rerank))
-        if not self.ready or (alone_s > ALONE * left_s and self.n_workers > 1):
+        if not self.ready or (alone_s > ALONE * min(left_s, self.given.sla_s) and self.n_workers > 1):
             raise StageFailed("for several workers, or for none")
         all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
 

@@ -37,12 +37,16 @@ FIXED_S = 1e-4  # of scoring in this process, before the first row
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a worker is told besides its bundle: see settings.py; costs of both searching stages; changes of items."""
+    """What a worker is told besides its bundle: see settings.py; costs of both searching stages; changes of items.
+
+    sla_s: what is slow whatever a request allows: by it the pool decides who shares.
+    """
 
     paced_row_s: float = 0.0
     reserve_s: float = 0.0
     room: int = 0
     costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(1e-3, 1e-7), Cost(1e-3, 1e-7)))
+    sla_s: float = float("inf")
     changes: tuple[bytes, ...] = ()
 
 

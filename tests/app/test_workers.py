@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -429,6 +430,9 @@ async def test_re_ranking_that_takes_one_worker_too_long_is_shared(generation, s
     assert shared.reports[Stage.RERANKING].shards == 2
     alone = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
     assert alone.reports[Stage.RERANKING].shards == 1
+    pool.given = replace(pool.given, sla_s=0.4)  # what is slow by the SLA narrows the funnel for all, whoever has time
+    patient = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
+    assert patient.reports[Stage.RERANKING].shards == 2
     narrow = await rank(funnel, {"user": {"id": "cho"}, "rerank_count": 4}, 0.4)
     assert narrow.reports[Stage.RERANKING].shards == 1
     await pool.close()
