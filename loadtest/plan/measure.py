@@ -7,8 +7,8 @@
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
 narrow widths, and one service shows them all. Widths take turns, and the many single requests at the base's beside
 them, so that a minute in which the machine is slow is slow for all. No piece of work beside the service tells how fast
-that is: such probes moved by a fifth while what a request took the service stayed within a twentieth (2026-11-27, W1,
-24 runs of 8 s), so it is the service's own CPU that tells.
+that is: such a probe moved by a third while what a request took the service stayed within a twelfth of its median
+(2026-11-27, W1, 24 runs of 8 s), so it is the service's own CPU that tells.
 """
 
 import contextlib
