@@ -4,7 +4,7 @@
 
 No number of the other configurations enters a prediction. The machine drifts in the hour that it takes: so the
 configuration of the calibration stays up, idle, and is asked again for three seconds after every few runs; what a
-request takes it then, over what it took in the calibration, is how much slower the machine is, and the prediction is
+request takes it then, over what the calibration's line says, is how much slower the machine is, and the prediction is
 for the median of these. The load generator runs on the same machine and takes its CPU: here, and only here, it is a
 station of the simulation.
 """

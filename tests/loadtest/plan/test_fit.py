@@ -39,7 +39,7 @@ def test_planted_numbers_predict_a_rate_that_was_not_fitted(warmth: Warmth) -> N
 
 @pytest.mark.parametrize(("planted", "beyond_s"), [(0.8, 0.0), (1.4, 1 * MS)])
 def test_a_planted_stretch_is_found_beside_waits(planted: float, beyond_s: float) -> None:
-    """The wait itself can't be: a core is free soon, and beyond half a millisecond it moves a median by a fiftieth."""
+    """The wait itself can't be: a core is free soon, and half a millisecond or four move a median by a twentieth."""
     loaded = tuple(met((1.0, 0.0), 1 * MS, rate, planted, beyond_s) for rate in (100, 150, 200, 300))
     found = fit(calibration(loaded=loaded))
     assert found.n_fitted == len(loaded)

@@ -131,6 +131,7 @@ def test_busy_cores_keep_caches_warm() -> None:
     for rate in (50, 150, 300):
         factor = one.factor(rate)
         assert factor == pytest.approx(1.2 - 0.4 * rate * demand_s * factor / CALIBRATION.cores)
+        assert one.cpu_s(rate) == pytest.approx(demand_s * factor)
     assert one.factor(1e6) == pytest.approx(0.8)
     assert one.bound == pytest.approx(model(CALIBRATION, BASE).bound / 0.8)
 
@@ -149,6 +150,7 @@ def test_a_client_s_cpu_was_metered_under_load_and_keeps_the_cores_busy_too() ->
     client_s = means.pop("client")
     factor = one.factor(100)
     assert factor == pytest.approx(1.2 - 0.4 * 100 * (factor * sum(means.values()) + client_s) / CALIBRATION.cores)
+    assert one.cpu_s(100) == pytest.approx(factor * sum(means.values()))
     seen = one.at(100, 20)
     assert seen.cpu_s[CLIENT] / len(seen.latency_s) == pytest.approx(client_s)
 
