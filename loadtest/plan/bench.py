@@ -3,7 +3,7 @@
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
 No number of the other configurations enters a prediction. The machine drifts in the hour that it takes: so the
-configuration of the calibration stays up, idle, and is asked again for three seconds after every few runs; what a
+configuration of the calibration stays up, idle, and is asked again for four seconds after every few runs; what a
 request takes it then, over what the calibration's line says, is how much slower the machine is, and the prediction is
 for the median of these. The load generator runs on the same machine and takes its CPU: here, and only here, it is a
 station of the simulation.
@@ -39,7 +39,7 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
-AGAIN_S, AGAIN_AFTER = (1.0, 3.0), 3  # of its own configuration, first to get warm; after so many steps or parts
+AGAIN_S, AGAIN_AFTER = (1.0, 4.0), 3  # of its own configuration, first to get warm; after so many steps or parts
 SEARCHES = 3  # of the highest rate, whose median counts: single ones are a tenth off
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
@@ -175,7 +175,8 @@ class Again:
     def __call__(self) -> None:
         """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
         if not self.due:
-            rate = self.calibrated.loaded[len(self.calibrated.loaded) // 2].rate
+            rates = sorted(one.rate for one in self.calibrated.loaded)
+            rate = rates[len(rates) // 2]
             target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
             measure.run(target, rate, AGAIN_S[0], seed=self.seed)
             now = measure.metered(target, rate, AGAIN_S[1], seed=self.seed)

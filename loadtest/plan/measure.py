@@ -42,8 +42,8 @@ UNHURRIED_S = 10.0  # the SLA of a calibration: nothing is narrowed, and one wor
 POOL = 500  # requests
 ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
-LOAD, GROWTH, LOADS = 0.3, 1.3, 5  # of what cores can do, at first; by which it rises or falls; runs
-LOAD_S, PARTS = 17.0, 2  # seconds of a run; its parts
+LOAD, GROWTH, LOADS = 0.2, 1.3, 5  # of what cores can do, at first; by which it rises or falls; rates
+LOAD_S = 8.5  # seconds of a run
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
 Say = Callable[[str], None]
@@ -180,20 +180,30 @@ def _slower(parts: Sequence[Sequence[Single]]) -> list[float]:
 
 
 def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
-    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none."""
+    """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none.
+
+    Then the same rates once more, the other way round: a machine that gets faster in that minute must not look like one
+    that likes load.
+    """
     means = Model(demand, base, base, Machine(os.cpu_count() or 1), has_client=True).means()
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
-    run(target, rate, seconds / PARTS, seed=LOADS)  # nobody's first load counts either
+    run(target, rate, seconds, seed=2 * LOADS)  # nobody's first load counts either
     for number in range(LOADS):
-        one = metered(target, rate, seconds, parts=PARTS, seed=number)
-        met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
-        say(f"{rate:.0f} a second: {met}")
-        is_usable = fit.is_usable(one)
-        if not is_usable and runs:
+        runs += _held(target, rate, seconds, number, say)
+        if runs and runs[-1].rate != rate:
             break
-        runs += [one] if is_usable else []
-        rate = rate * GROWTH if is_usable else rate / GROWTH**2
+        rate = rate * GROWTH if runs else rate / GROWTH**2
+    for number, rate in enumerate([one.rate for one in reversed(runs)], LOADS):
+        runs += _held(target, rate, seconds, number, say)
     return runs
+
+
+def _held(target: Target, rate: float, seconds: float, seed: int, say: Say) -> list[Loaded]:
+    """The run, if the cores held it."""
+    one = metered(target, rate, seconds, seed=seed)
+    met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
+    say(f"{rate:.0f} a second: {met}, CPU {one.cpu_s * 1e3:.2f} ms")
+    return [one] if fit.is_usable(one) else []
 
 
 def run(
@@ -214,10 +224,10 @@ def run(
     return joined(seen)
 
 
-def metered(target: Target, rate: float, seconds: float, *, parts: int = 1, seed: int = 0) -> Loaded:
+def metered(target: Target, rate: float, seconds: float, *, seed: int = 0) -> Loaded:
     """A run with the service's CPU: of the processes that it had when `target` was aimed."""
     before = target.spent()
-    seen = run(target, rate, seconds, parts=parts, seed=seed)
+    seen = run(target, rate, seconds, seed=seed)
     used = target.spent().since(before, len(seen))
     return summed_up(seen, rate, seconds, used.loop + used.workers)
 
