@@ -30,7 +30,7 @@ from models.truth import LATENT, TOLD, probability
 
 FEWEST_ITEMS = 1_000
 RECALL = 0.90
-N_SAMPLES = 400  # pack wants 200 or more
+ITEMS_A_SAMPLE, FEWEST_SAMPLES = 250, 400  # pack wants 200 or more; 4,000 tell a mean loss to .003
 N_REQUESTS = 5_000
 MOST_SEARCHED = 1_000_000  # items among which candidates are found to learn from
 N_TAUGHT, TRAINED = (400, 64), (2_000, 256)  # people, and candidates of each, that models are fitted on
@@ -112,7 +112,8 @@ def synthesize(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent) as folder:
         world = World(n_items, d, seed, Path(folder), hidden)
         choices = draw(world, say)
-        write_requests(world, "samples", N_SAMPLES, world.folder / "samples.jsonl", is_history_sent=True)
+        n_samples = min(max(FEWEST_SAMPLES, n_items // ITEMS_A_SAMPLE), N_REQUESTS)
+        write_requests(world, "samples", n_samples, world.folder / "samples.jsonl", is_history_sent=True)
         retrieve, rerank = world.widths
         text = PACK.format(name=name, seed=seed, history=HISTORY, moment=MOMENT, retrieve=retrieve, rerank=rerank, k=K)
         (world.folder / "pack.toml").write_text(text)

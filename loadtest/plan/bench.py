@@ -3,10 +3,10 @@
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
 No number of the other configurations enters a prediction. The machine drifts in the hour that it takes: so the
-configuration of the calibration stays up, idle, and is asked again for four seconds after every few runs; what a
-request takes it then, over what the calibration's line says, is how much slower the machine is, and the prediction is
-for the median of these. The load generator runs on the same machine and takes its CPU: here, and only here, it is a
-station of the simulation.
+configuration of the calibration stays up, idle, and is asked again for four seconds after every few runs. What a
+request takes it then, over what the calibration's line says, is how much slower the machine is; how far its p99 lies
+over its median, over what is simulated of it, is what the machine's stalls add. The prediction is for such a machine.
+The load generator takes CPU here too: in this bench, and only here, it is a station of the simulation.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +160,9 @@ def _calibrated(
 
 @dataclass
 class Again:
-    """The calibration's own configuration, asked again between runs: how much slower the machine is than it was then.
+    """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
 
-    due: calls until it is asked. met: since it was last asked for.
+    due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
     """
 
     server: launch.Server
@@ -171,17 +171,22 @@ class Again:
     due: int = 0
     seed: int = 0
     met: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        rates = sorted(one.rate for one in self.calibrated.loaded)
+        return rates[len(rates) // 2]
 
     def __call__(self) -> None:
         """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
         if not self.due:
-            rates = sorted(one.rate for one in self.calibrated.loaded)
-            rate = rates[len(rates) // 2]
             target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
-            measure.run(target, rate, AGAIN_S[0], seed=self.seed)
-            now = measure.metered(target, rate, AGAIN_S[1], seed=self.seed)
+            measure.run(target, self.rate, AGAIN_S[0], seed=self.seed)
+            seen, now = measure.metered(target, self.rate, AGAIN_S[1], seed=self.seed)
             if fit.is_usable(now):
                 self.met.append(fit.slower(self.calibrated, now))
+                self.latency_s += seen.latency_s.tolist()
         self.due = (self.due or AGAIN_AFTER) - 1
 
     def slower(self) -> float:
@@ -191,6 +196,16 @@ class Again:
             raise RuntimeError("the calibrated configuration could not be asked again: the machine is too busy")
         return float(np.median(found))
 
+    def now(self, slower: float) -> Calibration:
+        """The calibration with the tail that a machine so slow has by now: as it was, where nothing was met yet."""
+        if not self.latency_s:
+            return self.calibrated
+        here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
+        simulated = [here.at(self.rate, AGAIN_S[1], seed).latency_s for seed in range(SIMULATED * self.seed)]
+        ends = (tuple(np.percentile(one, (50, 99)).tolist()) for one in (self.latency_s, np.concatenate(simulated)))
+        measured, expected = ends
+        return replace(self.calibrated, stretch=fit.stretch([measured], [expected]))
+
 
 # --------------------------------------------------------------------------------------- one configuration
 
@@ -199,7 +214,7 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
     """Fill the row. Raises RuntimeError when the service can't be measured."""
 
     def predicts(slower: float) -> Model:
-        return model(again.calibrated, row.configuration, scale=slower, has_client=True)
+        return model(again.now(slower), row.configuration, scale=slower, has_client=True)
 
     with measure.serve(bundle, row.configuration) as server:
         target = measure.aim(server, again.bodies)
@@ -225,7 +240,9 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
             say(f"  highest rate {found[-1]:.0f}/s")
         row.rate, row.slower = float(np.median(found[1:])), again.slower()
         row.predicted_rate = highest_rate(predicts(row.slower), REQUESTS, step_s, search.TRIES)
-        met = f"for a machine that is {row.slower:.2f} x as slow as in the calibration"
+        met = (
+            f"for a machine that is {row.slower:.2f} x as slow, with p99s {again.now(row.slower).stretch:.2f} x as far"
+        )
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f} {met}")
         for share in SHARES:
             settle(server)
@@ -257,7 +274,8 @@ def _at(
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in row.p99_s[share]))
     cpu = f"CPU {(used.loop + used.workers) * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
     late = f"sent late by {late_ms:.2f} ms"
-    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {slower:.2f} x as slow")
+    machine = f"{slower:.2f} x as slow, p99s {again.now(slower).stretch:.2f} x as far"
+    say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {machine}")
     if one.coverage < LEAST_COVERAGE:
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
     if late_ms > LATE_MS:

@@ -42,7 +42,7 @@ def fit(calibration: Calibration) -> Calibration:
     wake_s, beyond_s = waits(warm, runs)
     fitted = replace(warm, wake_s=wake_s, beyond_s=beyond_s)
     simulated = [_simulated(fitted, run) for run in runs]
-    wide = stretch(runs, simulated)
+    wide = stretch([(run.p50_s, run.p99_s) for run in runs], simulated)
     return replace(fitted, stretch=wide, n_fitted=len(runs), error=error(runs, simulated, wide))
 
 
@@ -95,12 +95,13 @@ def waits(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, floa
     return shortest(), tried[shortest()][1]
 
 
-def stretch(runs: Sequence[Loaded], simulated: Sequence[tuple[float, float]]) -> float:
-    """How much farther over the median the measured p99s are than the simulated; 1 where no run has any distance."""
-    over = []
-    for run, (p50_s, p99_s) in zip(runs, simulated, strict=True):
-        if min(run.p99_s - run.p50_s, p99_s - p50_s) > LEAST_OVER_S:
-            over.append((run.p99_s - run.p50_s) / (p99_s - p50_s))
+def stretch(measured: Sequence[tuple[float, float]], simulated: Sequence[tuple[float, float]]) -> float:
+    """How much farther over the median the measured p99s are than the simulated; 1 where no run has any distance.
+
+    measured, simulated: p50 and p99 of each run, seconds.
+    """
+    distances = [(one[1] - one[0], other[1] - other[0]) for one, other in zip(measured, simulated, strict=True)]
+    over = [one / other for one, other in distances if min(one, other) > LEAST_OVER_S]
     return float(np.clip(np.median(over), 1 / MOST_STRETCH, MOST_STRETCH)) if over else 1.0
 
 

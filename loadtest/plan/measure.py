@@ -200,7 +200,7 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
 
 def _held(target: Target, rate: float, seconds: float, seed: int, say: Say) -> list[Loaded]:
     """The run, if the cores held it."""
-    one = metered(target, rate, seconds, seed=seed)
+    _, one = metered(target, rate, seconds, seed=seed)
     met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
     say(f"{rate:.0f} a second: {met}, CPU {one.cpu_s * 1e3:.2f} ms")
     return [one] if fit.is_usable(one) else []
@@ -224,12 +224,12 @@ def run(
     return joined(seen)
 
 
-def metered(target: Target, rate: float, seconds: float, *, seed: int = 0) -> Loaded:
-    """A run with the service's CPU: of the processes that it had when `target` was aimed."""
+def metered(target: Target, rate: float, seconds: float, *, seed: int = 0) -> tuple[Observed, Loaded]:
+    """A run, and what it comes to with the service's CPU: of the processes that it had when `target` was aimed."""
     before = target.spent()
     seen = run(target, rate, seconds, seed=seed)
     used = target.spent().since(before, len(seen))
-    return summed_up(seen, rate, seconds, used.loop + used.workers)
+    return seen, summed_up(seen, rate, seconds, used.loop + used.workers)
 
 
 def summed_up(seen: Observed, rate: float, seconds: float, cpu_s: float = float("nan")) -> Loaded:

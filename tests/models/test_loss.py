@@ -145,6 +145,22 @@ def test_masks_are_what_their_cause_leaves() -> None:
 # ------------------------------------------------------------------------------------------- a bundle
 
 
+def test_what_seldom_happens_is_measured_on_some_of_the_requests(
+    generation: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = [{"user": {"id": at % 2}} if at % 3 else {} for at in range(20)]
+    _, samples = loss.score_samples(generation, named)
+    assert [one.popular is not None for one in samples] == [True] * 20
+    assert [one.nameless is not None for one in samples] == [bool(at % 3) for at in range(20)]
+    monkeypatch.setattr(loss, "MOST_OTHERWISE", 6)
+    _, fewer = loss.score_samples(generation, named)
+    assert [one.popular is not None for one in fewer] == [at % 4 == 0 for at in range(20)]
+    assert [one.nameless is not None for one in fewer] == [at in (4, 8, 16) for at in range(20)]
+    for one, other in zip(samples, fewer, strict=True):
+        assert np.array_equal(one.whole.fine, other.whole.fine)
+        assert other.popular is None or np.array_equal(one.popular.fine, other.popular.fine)  # type: ignore[union-attr]
+
+
 def test_a_packed_bundle_has_its_table(generation: Generation) -> None:
     table = generation.manifest.loss
     assert table is not None

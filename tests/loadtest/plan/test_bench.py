@@ -5,13 +5,16 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from loadtest.__main__ import main
 from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
 from loadtest.plan.calibration import Configuration, Loaded, write
+from loadtest.plan.recipe import model
 from loadtest.table import verdict
 from tests.loadtest.plan.made import CALIBRATION, MS, calibration
 
@@ -56,12 +59,12 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
     known, asked = calibration(loaded=[replace(plain, rate=rate) for rate in (50, 100, 150)], warmth=(1.2, -0.4)), []
     slower = iter((1.3, 1.1, 0.9, 2.0))
 
-    def metered(target: object, rate: float, seconds: float, *, seed: int) -> Loaded:
+    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[SimpleNamespace, Loaded]:
         asked.append((rate, seed))
         scale, cpu_s = next(slower), 0.0
         for _ in range(50):  # what is slower keeps the cores busier, and so warmer
             cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
-        return replace(plain, cpu_s=cpu_s)
+        return SimpleNamespace(latency_s=np.full(400, 0.01)), replace(plain, cpu_s=cpu_s)
 
     monkeypatch.setattr(bench.measure, "metered", metered)
     monkeypatch.setattr(bench.measure, "run", lambda *given, **named: None)
@@ -75,6 +78,15 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
     assert again.slower() == pytest.approx(2.0)
     with pytest.raises(RuntimeError, match="could not be asked again"):
         again.slower()
+
+
+def test_a_machine_has_the_tail_of_the_calibrated_configuration_asked_again() -> None:
+    known = calibration(loaded=[Loaded(150, 1_000, 0.01, 0.02, 1.0, 0.4 * MS, 5 * MS, 14.0)], stretch=1.1)
+    again = bench.Again(None, [], known, seed=30)  # type: ignore[arg-type]
+    assert again.now(1.2) == known
+    met = model(replace(known, stretch=1.6), known.base, scale=1.2, has_client=True).at(150, 60, 7)
+    again.latency_s += met.latency_s.tolist()
+    assert again.now(1.2).stretch == pytest.approx(1.6, rel=0.1)
 
 
 def test_a_calibration_without_load_is_refused(

@@ -52,16 +52,13 @@ def test_a_planted_stretch_is_found_beside_waits(planted: float, beyond_s: float
 
 
 def test_a_flat_run_says_nothing_of_the_stretch() -> None:
-    good = Loaded(100.0, 1_000, 10 * MS, 24 * MS, 1.0, 0.4 * MS, 5 * MS, 14.0)
-    flat, simulated = replace(good, p99_s=10 * MS), (10 * MS, 20 * MS)
+    good, flat, simulated = (10 * MS, 24 * MS), (10 * MS, 10 * MS), (10 * MS, 20 * MS)
     assert fit_module.stretch([good], [simulated]) == pytest.approx(1.4)
     assert fit_module.stretch([flat, good, flat], [simulated] * 3) == pytest.approx(1.4)
-    assert fit_module.stretch([good, good], [simulated, (10 * MS, 10 * MS)]) == pytest.approx(1.4)
+    assert fit_module.stretch([good, good], [simulated, flat]) == pytest.approx(1.4)
     assert fit_module.stretch([flat], [simulated]) == 1.0
-    far = replace(good, p99_s=500 * MS)
-    assert fit_module.stretch([far], [simulated]) == MOST_STRETCH
-    near = replace(good, p99_s=10.5 * MS)
-    assert fit_module.stretch([near], [simulated]) == 1 / MOST_STRETCH
+    assert fit_module.stretch([(10 * MS, 500 * MS)], [simulated]) == MOST_STRETCH
+    assert fit_module.stretch([(10 * MS, 10.5 * MS)], [simulated]) == 1 / MOST_STRETCH
     for beyond in (MOST_STRETCH, 1 / MOST_STRETCH):
         assert "as far over the median" in str(calibration(n_fitted=4, error=0.1, stretch=beyond).doubt)
 

@@ -89,7 +89,7 @@ def test_a_run_in_parts_calls_what_is_to_be_done_between_them_and_meters_the_ser
     target, calls = measure.aim(server, [json.dumps({"k": 3}).encode()]), list[int]()
     seen = measure.run(target, 50, 1.0, parts=2, between=lambda: calls.append(1))
     assert len(calls) == 2 and len(seen) > 20 and seen.is_ok.all()
-    met = measure.metered(target, 50, 0.5, seed=8)
+    _, met = measure.metered(target, 50, 0.5, seed=8)
     assert 0 < met.cpu_s < 0.1
     assert met.requests > 10
 
