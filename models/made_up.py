@@ -260,11 +260,15 @@ def _chosen(logits: Floats, is_taken: Array, m: int, rng: np.random.Generator) -
 def write_requests(world: World, stream: str, count: int, file: Path, *, is_history_sent: bool) -> None:
     """Requests in wire form, a line each: people by Zipf, random moments; a few newcomers.
 
+    Who comes often is the same in every stream: a dozen people make a tenth of all requests, and what is measured on
+    one stream is to hold for another.
+
     Args:
         is_history_sent: every other request sends the history instead of naming the person.
     """
     rng, ids, histories = world.rng(stream), world.open("item_ids"), world.open("user_history")
-    people = rng.permutation(world.n_people)[rng.choice(world.n_people, count, p=zipf(world.n_people, PEOPLE_ZIPF))]
+    often = world.rng("who comes often").permutation(world.n_people)
+    people = often[rng.choice(world.n_people, count, p=zipf(world.n_people, PEOPLE_ZIPF))]
     moments = np.round(rng.standard_normal((count, MOMENT)), 3).tolist()
     with file.open("w") as lines:
         for number, (person, moment) in enumerate(zip(people.tolist(), moments, strict=True)):
