@@ -161,7 +161,9 @@ class Funnel:
         wanted, until = stage.wanted(scope, query, given), started + budget_s
         kept = scope.keep if query.candidates is None else wanted  # the caller's own candidates are all kept
         least = kept if stage.stage is Stage.RETRIEVAL else 0
-        scope.width, narrowing = narrowed(wanted, scope.quality, stage.cost.fits(budget_s), least)
+        # Pre-ranking gets what retrieval, narrowed, has found: to narrow that again saves little and loses much.
+        quality = 1.0 if stage is self.preranking and query.candidates is None else scope.quality
+        scope.width, narrowing = narrowed(wanted, quality, stage.cost.fits(budget_s), least)
         try:
             if scope.is_late or (wanted and not scope.width):
                 raise TimeoutError
@@ -172,8 +174,7 @@ class Funnel:
             log.warning("%s failed: %s", stage.stage.label, e)
             output, fault = stage.substitute(scope, query, given), Outcome.FAILED
         _check_output(given, output, self.generation.n_items)
-        fresh = len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
-        done = 0 if fault else fresh
+        done = 0 if fault else len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
         now = time.monotonic()
         is_late = now >= until or fault is Outcome.LATE
         outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)

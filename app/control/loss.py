@@ -44,17 +44,18 @@ def loss_of_shares(table: LossTable, retrieved: float, preranked: float, missing
     both = retrieved * preranked
     t = (1 - preranked) / (1 - both) if both < 1 else 0.0
     there = at_share(table.preranking, both, missing) if t > 0 else 0.0
-    absent = at_share(table.retrieval, both, missing) if t < 1 else 0.0
+    absent = at_share(table.retrieval, both, missing, power=0.5) if t < 1 else 0.0
     return t * there + (1 - t) * absent
 
 
-def at_share(family: LossCurves, share: float, missing: Sequence[float]) -> float:
+def at_share(family: LossCurves, share: float, missing: Sequence[float], *, power: float = 1.0) -> float:
     """The loss between the curves of the two nearest shares; beyond the ends, that of the end.
 
-    missing: of each band, see `missing_shares`.
+    missing: of each band, see `missing_shares`. power: of the share, in which the loss is taken to be linear. That of
+    retrieving less is nearly so in the root, since the first that are found count most.
     """
     losses = [np.interp(np.dot(curve.weights, missing), curve.x, curve.y) for curve in family.curves]
-    return float(np.interp(share, family.shares, losses))
+    return float(np.interp(share**power, np.power(family.shares, power), losses))
 
 
 def missing_shares(edges: tuple[int, ...], is_missing: Mask) -> NDArray[np.float64]:

@@ -327,6 +327,18 @@ async def test_what_a_request_takes_follows_its_quality_and_what_is_side_by_side
     assert all_on_one > one > funnel.seconds(0.5)
 
 
+@pytest.mark.parametrize("sent", [{}, {"candidates": ids(*range(20))}], ids=["found by search", "the caller's"])
+async def test_what_retrieval_narrowed_is_pre_ranked_whole(funnel, ask, sent):
+    query, deadline, widths = ask(**sent), Deadline(time.monotonic(), 60.0), funnel.generation.manifest.funnel
+    _, scope, _ = await funnel.narrow(lambda **_: query, deadline, 0.5)
+    retrieved, preranked = scope.reports
+    if sent:  # all are kept, so it is here that they are narrowed
+        assert (retrieved.done, preranked.done) == (20, 10)
+    else:
+        assert retrieved.done == max(widths.retrieve // 2, widths.rerank, widths.k) < widths.retrieve
+        assert preranked.done == preranked.wanted == retrieved.done
+
+
 async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):
     released = threading.Event()
     resolved = []

@@ -49,6 +49,13 @@ def test_between_two_shares_the_loss_is_between_their_curves_and_constant_beyond
     assert at_share(TABLE.retrieval, 0.01, NOTHING) == pytest.approx(0.6)
 
 
+def test_the_loss_of_retrieving_less_is_linear_in_the_root_of_the_share():
+    between = (0.6**0.5 - 0.2**0.5) / (1 - 0.2**0.5)
+    assert loss_of_shares(TABLE, 0.6, 1.0, NOTHING) == pytest.approx(0.6 * (1 - between))
+    assert loss_of_shares(TABLE, 0.6, 1.0, EVERYTHING) == pytest.approx(0.8 - 0.4 * between)
+    assert loss_of_shares(TABLE, 0.01, 1.0, NOTHING) == pytest.approx(0.6)
+
+
 def test_where_one_share_is_whole_the_others_curves_are_met():
     assert loss_of_shares(TABLE, 0.2, 1.0, EVERYTHING) == pytest.approx(0.8)
     assert loss_of_shares(TABLE, 1.0, 0.0, EVERYTHING) == pytest.approx(0.5)
@@ -57,7 +64,7 @@ def test_where_one_share_is_whole_the_others_curves_are_met():
 
 def test_with_both_shares_partial_the_rest_is_partly_there():
     # Of the width, 0.25 is pre-ranked, 0.25 has retrieval scores, 0.5 isn't there: t = 0.5 / 0.75.
-    there, absent = 0.75 * 0.1, 0.6 * (1 - 0.05 / 0.8)
+    there, absent = 0.75 * 0.1, 0.6 * (1 - (0.5 - 0.2**0.5) / (1 - 0.2**0.5))
     assert loss_of_shares(TABLE, 0.5, 0.5, NOTHING) == pytest.approx(2 / 3 * there + 1 / 3 * absent)
 
 
