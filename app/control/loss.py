@@ -36,16 +36,12 @@ def expected_loss(table: LossTable, scope: RequestScope, fine: Scored) -> float 
 def loss_of_shares(table: LossTable, retrieved: float, preranked: float, missing: Sequence[float]) -> float:
     """The loss when a share of the width was retrieved, best first, and a share of that pre-ranked.
 
-        t · preranking(r p) + (1 - t) · retrieval(r p),   t = (1 - p) / (1 - r p)
+        max(retrieval(r), preranking(r p)),   p < 1
 
-    A share r p of the width is pre-ranked either way; of the rest, t is there with its retrieval score and the
-    others are not there at all. Exact where one of the shares is 1.
+    The larger, not both: who isn't found late in the width would mostly have been lost for want of a pre-rank score.
     """
-    both = retrieved * preranked
-    t = (1 - preranked) / (1 - both) if both < 1 else 0.0
-    there = at_share(table.preranking, both, missing) if t > 0 else 0.0
-    absent = at_share(table.retrieval, both, missing, power=0.5) if t < 1 else 0.0
-    return t * there + (1 - t) * absent
+    found = at_share(table.retrieval, retrieved, missing, power=0.5)
+    return max(found, at_share(table.preranking, retrieved * preranked, missing)) if preranked < 1 else found
 
 
 def at_share(family: LossCurves, share: float, missing: Sequence[float], *, power: float = 1.0) -> float:

@@ -34,7 +34,8 @@ def expected_loss(manifest: dict[str, Any], retrieve: int, rerank: int) -> float
     missing = np.clip(last - np.maximum(first, rerank), 0, None) / np.diff(edges)
     family = table["retrieval"]
     losses = [np.interp(np.dot(c["weights"], missing), c["x"], c["y"]) for c in family["curves"]]
-    return float(np.interp(min(1.0, retrieve / full["retrieve"]), family["shares"], losses))
+    share, shares = min(1.0, retrieve / full["retrieve"]), family["shares"]
+    return float(np.interp(np.sqrt(share), np.sqrt(shares), losses))
 
 
 def choices(manifest: dict[str, Any], cpu_s: Any) -> Iterator[Choice]:

@@ -59,13 +59,13 @@ def test_the_loss_of_retrieving_less_is_linear_in_the_root_of_the_share():
 def test_where_one_share_is_whole_the_others_curves_are_met():
     assert loss_of_shares(TABLE, 0.2, 1.0, EVERYTHING) == pytest.approx(0.8)
     assert loss_of_shares(TABLE, 1.0, 0.0, EVERYTHING) == pytest.approx(0.5)
-    assert loss_of_shares(TABLE, 0.2, 0.0, NOTHING) == pytest.approx(0.1)  # no linear score: the width is no matter
 
 
-def test_with_both_shares_partial_the_rest_is_partly_there():
-    # Of the width, 0.25 is pre-ranked, 0.25 has retrieval scores, 0.5 isn't there: t = 0.5 / 0.75.
-    there, absent = 0.75 * 0.1, 0.6 * (1 - (0.5 - 0.2**0.5) / (1 - 0.2**0.5))
-    assert loss_of_shares(TABLE, 0.5, 0.5, NOTHING) == pytest.approx(2 / 3 * there + 1 / 3 * absent)
+def test_with_both_shares_partial_the_worse_counts():
+    absent, unscored = 0.6 * (1 - (0.5**0.5 - 0.2**0.5) / (1 - 0.2**0.5)), 0.75 * 0.1
+    assert loss_of_shares(TABLE, 0.5, 0.5, NOTHING) == pytest.approx(absent)
+    assert loss_of_shares(TABLE, 0.9, 0.5, EVERYTHING) == pytest.approx(0.55 * 0.5 + 0.45 * 0.4)
+    assert absent > unscored
 
 
 def test_more_missing_never_gives_less_loss():
