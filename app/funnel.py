@@ -161,7 +161,7 @@ class Funnel:
         wanted, until = stage.wanted(scope, query, given), started + budget_s
         kept = scope.keep if query.candidates is None else wanted  # the caller's own candidates are all kept
         least = kept if stage.stage is Stage.RETRIEVAL else 0
-        # Pre-ranking gets what retrieval, narrowed, has found: to narrow that again saves little and loses much.
+        # Pre-ranking gets what retrieval, narrowed, has found, or popular items: less of that saves little, loses much.
         quality = 1.0 if stage is self.preranking and query.candidates is None else scope.quality
         scope.width, narrowing = narrowed(wanted, quality, stage.cost.fits(budget_s), least)
         try:

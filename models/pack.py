@@ -250,7 +250,7 @@ def _with_calibration(generation: Generation, queries: Sequence[Query], say: Say
 
 def _with_loss(generation: Generation, requests: Sequence[evaluate.Request], say: Say) -> Generation:
     """Measure what degraded answers lose, on carried scores as they will be."""
-    say(f"loss: all that {loss.n_samples(generation, requests):,} requests find is scored, then every loss simulated")
+    say(f"loss: scoring all that {loss.n_samples(generation, requests):,} requests find, then simulating each loss")
     table = loss.measure(generation, requests)
     nothing, everything = ([share] * (len(table.edges) - 1) for share in (0.0, 1.0))
     lost = {

@@ -38,7 +38,7 @@ def loss_of_shares(table: LossTable, retrieved: float, preranked: float, missing
 
         max(retrieval(r), preranking(r p)),   p < 1
 
-    The larger, not both: who isn't found late in the width would mostly have been lost for want of a pre-rank score.
+    The larger, not both: late items that weren't found would mostly have been lost for want of a pre-rank score.
     """
     found = at_share(table.retrieval, retrieved, missing, power=0.5)
     return max(found, at_share(table.preranking, retrieved * preranked, missing)) if preranked < 1 else found

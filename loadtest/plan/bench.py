@@ -2,10 +2,11 @@
 
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
-No number of the other configurations enters a prediction. The machine drifts in the hour that it takes: so the
+No number of the other configurations enters a prediction. The machine drifts in the time that it takes: so the
 configuration of the calibration stays up, idle, and is asked again for four seconds after every few runs. What a
-request takes it then, over what the calibration's line says, is how much slower the machine is; how far its p99 lies
-over its median, over what is simulated of it, is what the machine's stalls add. The prediction is for such a machine.
+request takes it then, over what the calibration's line says, is how much slower the machine is. How many times as far
+its p99 lies above its median as it does in the simulation is what the machine's stalls add. The prediction is for such
+a machine.
 The load generator takes CPU here too: in this bench, and only here, it is a station of the simulation.
 """
 
@@ -40,7 +41,7 @@ MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
 AGAIN_S, AGAIN_AFTER = (1.0, 4.0), 3  # of its own configuration, first to get warm; after so many steps or parts
-SEARCHES = 3  # of the highest rate, whose median counts: single ones are a tenth off
+SEARCHES = 3  # of the highest rate, whose median counts: single ones are a fifth off
 SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
@@ -48,7 +49,7 @@ RECOVERY_S = 30.0
 
 @dataclass
 class Row:
-    """One configuration: what was measured, what was predicted for the speed met."""
+    """One configuration: what was measured, what was predicted for the machine met."""
 
     configuration: Configuration
     rate: float = math.nan
@@ -186,7 +187,7 @@ class Again:
             seen, now = measure.metered(target, self.rate, AGAIN_S[1], seed=self.seed)
             if fit.is_usable(now):
                 self.met.append(fit.slower(self.calibrated, now))
-                self.latency_s += seen.latency_s.tolist()
+                self.latency_s += seen.latency_s[seen.is_ok].tolist()
         self.due = (self.due or AGAIN_AFTER) - 1
 
     def slower(self) -> float:
@@ -292,7 +293,7 @@ def table(rows: Sequence[Row], calibrated: Calibration) -> str:
     shares = " | ".join(f"p99 at {share:.0%}, ms" for share in SHARES)
     lines = [
         f"Calibrated {calibrated.date} with {calibrated.base}: {of_load(calibrated)}. "
-        "Each cell: measured / predicted for the speed met.",
+        "Each cell: measured / predicted for the speed and the stalls met.",
         "",
         f"| configuration | machine's speed met | highest rate, a second | {shares} | notes |",
         f"|---|---|---|{'---|' * len(SHARES)}---|",

@@ -114,7 +114,7 @@ def error(runs: Sequence[Loaded], simulated: Sequence[tuple[float, float]], stre
 
 
 def _simulated(calibration: Calibration, run: Loaded, times: int = TIMES) -> tuple[float, float]:
-    """p50 and p99 that a run should have had, seconds: means over several, whose arrivals no other run has."""
+    """p50 and p99 that a run should have had, seconds: means over several; runs of one rate share arrivals."""
     base = replace(calibration, demand=replace(calibration.demand, client_s=run.client_s))
     here = model(base, base.base, has_client=True)
     first = TIMES * round(run.rate)

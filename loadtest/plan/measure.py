@@ -1,7 +1,7 @@
 """Two minutes with the real service, from outside: HTTP, its answers' `took_ms`, and /proc for whose CPU it took.
 
     one request at a time, at several widths, in rounds       ─▶ who spends what by width; the shapes of single requests
-    open-loop load at rising rates                            ─▶ what load does (fit.py)
+    open-loop load at rising rates, and down again            ─▶ what load does (fit.py)
     smaps                                                     ─▶ memory
 
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at

@@ -64,7 +64,7 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
         scale, cpu_s = next(slower), 0.0
         for _ in range(50):  # what is slower keeps the cores busier, and so warmer
             cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
-        return SimpleNamespace(latency_s=np.full(400, 0.01)), replace(plain, cpu_s=cpu_s)
+        return SimpleNamespace(latency_s=np.full(400, 0.01), is_ok=np.arange(400) > 0), replace(plain, cpu_s=cpu_s)
 
     monkeypatch.setattr(bench.measure, "metered", metered)
     monkeypatch.setattr(bench.measure, "run", lambda *given, **named: None)
@@ -74,6 +74,7 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
         again()
     assert asked == [(100, 1), (100, 2), (100, 3)]
     assert again.slower() == pytest.approx(1.1)
+    assert len(again.latency_s) == 3 * 399
     again()
     assert again.slower() == pytest.approx(2.0)
     with pytest.raises(RuntimeError, match="could not be asked again"):
