@@ -174,7 +174,8 @@ class Funnel:
             log.warning("%s failed: %s", stage.stage.label, e)
             output, fault = stage.substitute(scope, query, given), Outcome.FAILED
         _check_output(given, output, self.generation.n_items)
-        done = 0 if fault else len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
+        fresh = len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
+        done = 0 if fault else fresh
         now = time.monotonic()
         is_late = now >= until or fault is Outcome.LATE
         outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)

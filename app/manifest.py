@@ -162,7 +162,7 @@ class LossTable(Strict):
     edges: band b of the received order is the positions from edges[b] up to edges[b + 1].
     retrieval: by the share of the width that was searched. preranking: by the share that was pre-ranked.
     popular: the latter where retrieval failed. nameless: the loss when finding out who asks was late, or null.
-    n_requests: that went through the whole funnel; for popular and nameless some of them do.
+    n_requests: all that were sampled; popular and nameless come from up to 400 of them.
     """
 
     k: int = Field(ge=1)

@@ -18,5 +18,6 @@ what_if.py      --what-if: one parameter varied
 draw.py         it as a picture
 command.py      the command line of `plan`
 bundles.py      bundles of other widths and sizes, made by the offline half
+again.py        what the machine is like by now, told by the calibrated configuration asked again
 bench.py        predictions against measurements: `capacity`
 """

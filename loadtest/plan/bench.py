@@ -2,12 +2,9 @@
 
     calibrate in one configuration ─▶ others: search the highest rate, run at 50, 70 and 85 % of it ─▶ compare
 
-No number of the other configurations enters a prediction. The machine drifts in the time that it takes: so the
-configuration of the calibration stays up, idle, and is asked again for four seconds after every few runs. What a
-request takes it then, over what the calibration's line says, is how much slower the machine is. How many times as far
-its p99 lies above its median as it does in the simulation is what the machine's stalls add. The prediction is for such
-a machine.
-The load generator takes CPU here too: in this bench, and only here, it is a station of the simulation.
+No number of the other configurations enters a prediction. The machine drifts in the time that it takes: each prediction
+is for the machine as it is by now, which again.py tells. The load generator takes CPU here too: in this bench, and only
+here, it is a station of the simulation.
 """
 
 import argparse
@@ -18,14 +15,15 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from loadtest import launch, search
 from loadtest.lab.bodies import for_bundle
-from loadtest.plan import bundles, calibration, fit, measure
+from loadtest.plan import bundles, calibration, measure
+from loadtest.plan.again import SIMULATED, Again
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
@@ -40,9 +38,7 @@ SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 10.0, 8.0  # of a run at a share; of its parts; of a step of the search
-AGAIN_S, AGAIN_AFTER = (1.0, 4.0), 3  # of its own configuration, first to get warm; after so many steps or parts
 SEARCHES = 3  # of the highest rate, whose median counts: single ones are a fifth off
-SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
 
@@ -156,58 +152,6 @@ def _calibrated(
     return made
 
 
-# ------------------------------------------------------------------------------------------ the machine
-
-
-@dataclass
-class Again:
-    """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
-
-    due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
-    """
-
-    server: launch.Server
-    bodies: Sequence[bytes]
-    calibrated: Calibration
-    due: int = 0
-    seed: int = 0
-    met: list[float] = field(default_factory=list)
-    latency_s: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        rates = sorted(one.rate for one in self.calibrated.loaded)
-        return rates[len(rates) // 2]
-
-    def __call__(self) -> None:
-        """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
-        if not self.due:
-            target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
-            measure.run(target, self.rate, AGAIN_S[0], seed=self.seed)
-            seen, now = measure.metered(target, self.rate, AGAIN_S[1], seed=self.seed)
-            if fit.is_usable(now):
-                self.met.append(fit.slower(self.calibrated, now))
-                self.latency_s += seen.latency_s[seen.is_ok].tolist()
-        self.due = (self.due or AGAIN_AFTER) - 1
-
-    def slower(self) -> float:
-        """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
-        found, self.met, self.due = self.met, [], 0
-        if not found:
-            raise RuntimeError("the calibrated configuration could not be asked again: the machine is too busy")
-        return float(np.median(found))
-
-    def now(self, slower: float) -> Calibration:
-        """The calibration with the tail that a machine so slow has by now: as it was, where nothing was met yet."""
-        if not self.latency_s:
-            return self.calibrated
-        here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
-        simulated = [here.at(self.rate, AGAIN_S[1], seed).latency_s for seed in range(SIMULATED * self.seed)]
-        ends = (tuple(np.percentile(one, (50, 99)).tolist()) for one in (self.latency_s, np.concatenate(simulated)))
-        measured, expected = ends
-        return replace(self.calibrated, stretch=fit.stretch([measured], [expected]))
-
-
 # --------------------------------------------------------------------------------------- one configuration
 
 
@@ -240,10 +184,9 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
                 raise RuntimeError("no rate keeps the SLA")
             say(f"  highest rate {found[-1]:.0f}/s")
         row.rate, row.slower = float(np.median(found[1:])), again.slower()
-        row.predicted_rate = highest_rate(predicts(row.slower), REQUESTS, step_s, search.TRIES)
-        met = (
-            f"for a machine that is {row.slower:.2f} x as slow, with p99s {again.now(row.slower).stretch:.2f} x as far"
-        )
+        predicted = predicts(row.slower)
+        row.predicted_rate = highest_rate(predicted, REQUESTS, step_s, search.TRIES)
+        met = f"for a machine that is {row.slower:.2f} x as slow, with p99s {predicted.stretch:.2f} x as far"
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f} {met}")
         for share in SHARES:
             settle(server)
@@ -275,7 +218,7 @@ def _at(
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in row.p99_s[share]))
     cpu = f"CPU {(used.loop + used.workers) * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
     late = f"sent late by {late_ms:.2f} ms"
-    machine = f"{slower:.2f} x as slow, p99s {again.now(slower).stretch:.2f} x as far"
+    machine = f"{slower:.2f} x as slow, p99s {predicted.stretch:.2f} x as far"
     say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {machine}")
     if one.coverage < LEAST_COVERAGE:
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.plan import bench, bundles
+from loadtest.plan import again as again_module
+from loadtest.plan import bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
 from loadtest.plan.calibration import Configuration, Loaded, write
 from loadtest.plan.recipe import model
@@ -66,11 +67,11 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
             cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
         return SimpleNamespace(latency_s=np.full(400, 0.01), is_ok=np.arange(400) > 0), replace(plain, cpu_s=cpu_s)
 
-    monkeypatch.setattr(bench.measure, "metered", metered)
-    monkeypatch.setattr(bench.measure, "run", lambda *given, **named: None)
-    monkeypatch.setattr(bench.measure, "aim", lambda *given: None)
-    again = bench.Again(None, [], known)  # type: ignore[arg-type]
-    for _ in range(2 * bench.AGAIN_AFTER + 1):
+    monkeypatch.setattr(again_module.measure, "metered", metered)
+    monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
+    again = again_module.Again(None, [], known)  # type: ignore[arg-type]
+    for _ in range(2 * again_module.AFTER + 1):
         again()
     assert asked == [(100, 1), (100, 2), (100, 3)]
     assert again.slower() == pytest.approx(1.1)
@@ -83,7 +84,7 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
 
 def test_a_machine_has_the_tail_of_the_calibrated_configuration_asked_again() -> None:
     known = calibration(loaded=[Loaded(150, 1_000, 0.01, 0.02, 1.0, 0.4 * MS, 5 * MS, 14.0)], stretch=1.1)
-    again = bench.Again(None, [], known, seed=30)  # type: ignore[arg-type]
+    again = again_module.Again(None, [], known, seed=30)  # type: ignore[arg-type]
     assert again.now(1.2) == known
     met = model(replace(known, stretch=1.6), known.base, scale=1.2, has_client=True).at(150, 60, 7)
     again.latency_s += met.latency_s.tolist()

@@ -1,0 +1,76 @@
+"""What the machine is like by now, told by the calibration's own configuration, which stays up and is asked again.
+
+What a request takes it, over what the calibration's line says for cores as busy as those were, is how much slower the
+machine is. How many times as far its p99 lies above its median as it does in the simulation is what stalls add.
+
+Times when it is asked, and what is predicted with it, are bench.py's; the arithmetic is fit.py's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from loadtest import launch
+from loadtest.plan import fit, measure
+from loadtest.plan.calibration import Calibration
+from loadtest.plan.recipe import model
+
+ASKED_S, AFTER = (1.0, 4.0), 3  # seconds, the first to get warm; calls between two askings
+SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
+
+
+@dataclass
+class Again:
+    """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
+
+    due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
+    """
+
+    server: launch.Server
+    bodies: Sequence[bytes]
+    calibrated: Calibration
+    due: int = 0
+    seed: int = 0
+    met: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        rates = sorted(one.rate for one in self.calibrated.loaded)
+        return rates[len(rates) // 2]
+
+    def __call__(self) -> None:
+        """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
+        if not self.due:
+            target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
+            measure.run(target, self.rate, ASKED_S[0], seed=self.seed)
+            seen, now = measure.metered(target, self.rate, ASKED_S[1], seed=self.seed)
+            if fit.is_usable(now):
+                self.met.append(fit.slower(self.calibrated, now))
+                self.latency_s += seen.latency_s[seen.is_ok].tolist()
+        self.due = (self.due or AFTER) - 1
+
+    def slower(self) -> float:
+        """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
+        found, self.met, self.due = self.met, [], 0
+        if not found:
+            raise RuntimeError("the calibrated configuration could not be asked again: the machine is too busy")
+        return float(np.median(found))
+
+    def now(self, slower: float) -> Calibration:
+        """The calibration with the tail that a machine so slow has by now: as it was, where nothing was met yet."""
+        if not self.latency_s:
+            return self.calibrated
+        here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
+        simulated = [here.at(self.rate, ASKED_S[1], seed).latency_s for seed in range(SIMULATED * self.seed)]
+        return replace(
+            self.calibrated, stretch=fit.stretch([_ends(self.latency_s)], [_ends(np.concatenate(simulated))])
+        )
+
+
+def _ends(latency_s: ArrayLike) -> tuple[float, float]:
+    """p50 and p99."""
+    p50_s, p99_s = np.percentile(latency_s, (50, 99)).tolist()
+    return p50_s, p99_s
