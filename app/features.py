@@ -229,7 +229,7 @@ def _named(name: str, given: Inputs, similarity: dict[str, F32]) -> Any:
         return given.candidates.retrieval_scores
     if kind == "item":
         table, _, column = argument.partition(".")
-        values = given.tables[table][given.candidates.rows]
+        values = given.tables[table].take(given.candidates.rows, axis=0)
         return values[:, int(column)] if column else values
     if kind == "candidate":
         sent = given.candidate_fields.get(name)

@@ -244,9 +244,11 @@ def _check_output(given: object, output: Candidates | Scored, n_items: int) -> N
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows, p = ranking.rows, ranking.propensities
-    n, shown = min(query.k, len(fine)), set(rows.tolist())
-    require(len(rows) == len(shown) == n, f"selection: min(k, candidates) = {n} items, each once", ContractError)
+    n = min(query.k, len(fine))
+    is_one = len(rows) == len(set(rows.tolist())) == n
+    require(is_one, f"selection: min(k, candidates) = {n} items, each once", ContractError)
     columns = {c.shape for c in (ranking.scores, ranking.values, ranking.stages, p)}
     require(columns == {rows.shape}, "selection: columns of one length", ContractError)
-    require(shown.issubset(fine.candidates.rows.tolist()), "selection: only candidates", ContractError)
+    are_candidates = (fine.candidates.rows[:, None] == rows).sum() == n  # of which each is there once
+    require(bool(are_candidates), "selection: only candidates", ContractError)
     require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]", ContractError)
