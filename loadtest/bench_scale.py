@@ -4,9 +4,13 @@
                                                        highest rate ─▶ half of it: p99 ─▶ memory of all processes
     the same at 20 a second on W1 ─▶ how p50 grows with the catalogue: exponent of N
 
-A hundred million items take hours and, by arithmetic, some 40 GB of disk; nobody has run it yet:
+A hundred million items take the better part of an hour to make, and 66 GB of disk meanwhile; docs/performance.md says
+how far that went:
 
     --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80
+
+A bundle that is made is asked for that recall: an index of more bits has more, and may not fit in memory beside the
+rows that it has scored exactly.
 
 Memory is PSS: pages of maps that were touched count, once for all processes. Exit codes: 0, 1 when a bar is missed, 2
 for what can't be used.
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     bundle = parsed.bundle or SMALL.with_name(f"w{parsed.items}")
     try:
         if not (bundle / "manifest.json").is_file():
-            make(bundle, parsed.items, say)
+            make(bundle, parsed.items, parsed.least_recall, say)
         small_n, small_p50 = unloaded(parsed.small, say)
         large_n, figures, p50 = measured(bundle, parsed, say)
     except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as e:
@@ -80,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if verdict("scale", groups, sys.stdout, facts, heading="what") else 1
 
 
-def make(bundle: Path, items: int, say: Say) -> None:
+def make(bundle: Path, items: int, recall: float, say: Say) -> None:
     """Synthesize it, showing how it goes. Raises RuntimeError."""
     bundle.parent.mkdir(parents=True, exist_ok=True)
     say(f"{bundle}: {items:,} items are made; {shutil.disk_usage(bundle.parent).free / GIB:.0f} GiB of disk are free")
     command = [sys.executable, "-m", "models", "synthesize", "--items", str(items), "--out", str(bundle)]
+    command += ["--recall", str(recall)]
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=PATIENCE_S)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}")

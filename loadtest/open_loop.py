@@ -17,8 +17,10 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import platform
 import resource
 import signal
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,7 @@ def _generate(answers: Connection, what: Attack, cells: Any) -> None:
     try:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        _go_first()
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection would be a stall of ours in the server's latency; the run is bounded
@@ -126,6 +129,18 @@ def _generate(answers: Connection, what: Attack, cells: Any) -> None:
         answers.send(observed)
     except Exception as e:
         answers.send(f"{type(e).__name__}: {e}")
+
+
+def _go_first() -> None:
+    """Have turns of 0.1 ms: by sched_setattr(2), Linux 6.12 and later let who wakes go before longer ones.
+
+    Beside two busy processes of niceness 10 a timer's p99 is 0.1 ms late so, and 3.3 with Linux's own turns (6.18,
+    2026-11).
+    """
+    number = {"x86_64": 314, "aarch64": 274}.get(platform.machine())
+    attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.nice(0), 0, 100_000, 0, 0)
+    if number:
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 # ------------------------------------------------------------------------------------------- the flight

@@ -101,6 +101,7 @@ def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dim", type=int, default=64, help="of the embeddings")
     command.add_argument("--hidden", type=_units, default=(512, 256, 128), help="units of the re-ranker's layers")
     command.add_argument("--seed", type=int, default=0, help="of everything but the ids")
+    command.add_argument("--recall", type=float, default=0.9, help="wanted of the index, against exact search")
     command.add_argument("--untrained", action="store_true", help="models of the same size that need no torch")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
@@ -185,6 +186,7 @@ def _synthesize(parsed: argparse.Namespace) -> None:
         seed=parsed.seed,
         name=parsed.name or parsed.out.name,
         force=parsed.force,
+        recall=parsed.recall,
         is_trained=not parsed.untrained,
         hidden=parsed.hidden,
         say=partial(print, flush=True),

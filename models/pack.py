@@ -69,8 +69,7 @@ def pack(
         force: replace a bundle that is there.
     Raises: PackError. Nothing is left behind then, and what was there stays.
     """
-    if not 0 < recall <= 1:
-        raise PackError(f"--recall: is {recall:g}; allowed is more than 0 and at most 1")
+    check_recall(recall)
     config = read_config(config_file)
     check_target(out, force)
     with draft_beside(out) as draft:
@@ -365,6 +364,12 @@ def write_manifest(manifest: Manifest, draft: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- target
+
+
+def check_recall(wanted: float) -> None:
+    """Raises PackError for what no index can be asked for."""
+    if not 0 < wanted <= 1:
+        raise PackError(f"--recall: is {wanted:g}; allowed is more than 0 and at most 1")
 
 
 def check_target(out: Path, force: bool) -> None:

@@ -23,13 +23,12 @@ from app.features import Inputs, ModelInput, Tables, named_features, request_inp
 from app.flow import Candidates, Person
 from models import index, stand_ins
 from models.made_up import HISTORY, MOMENT, Choices, Floats, K, Rows, Say, World, draw, unit, write_requests
-from models.pack import check_target, pack
+from models.pack import check_recall, check_target, pack
 from models.pack_config import PackError
 from models.stand_ins import PRE_RANKER, Found
 from models.truth import LATENT, TOLD, probability
 
 FEWEST_ITEMS = 1_000
-RECALL = 0.90
 ITEMS_A_SAMPLE, FEWEST_SAMPLES = 250, 400  # pack wants 200 or more; 4,000 tell a mean loss to .003
 N_REQUESTS = 5_000
 MOST_SEARCHED = 1_000_000  # items among which candidates are found to learn from
@@ -95,18 +94,21 @@ def synthesize(
     seed: int,
     name: str,
     force: bool,
+    recall: float = 0.90,
     is_trained: bool = True,
     hidden: tuple[int, ...] = stand_ins.HIDDEN,
     say: Say = print,
 ) -> Path:
     """Make the bundle `out` and, beside it, <out>.requests.jsonl and <out>.truth.npz. Returns `out`. Raises PackError.
 
-    is_trained: else its models are stand-ins, and need no torch. hidden: units of the re-ranker's hidden layers.
+    recall: what retrieval must find of the exact best. is_trained: else its models are stand-ins, and need no torch.
+    hidden: units of the re-ranker's hidden layers.
     """
     if len(hidden) != len(stand_ins.HIDDEN) or min(hidden) < 1:
         raise PackError(f"--hidden: is {hidden}; allowed are {len(stand_ins.HIDDEN)} numbers of units")
     if n_items < FEWEST_ITEMS or d < 2:
         raise PackError(f"--items, --dim: are {n_items:,}, {d}; allowed are {FEWEST_ITEMS:,} and 2, or more")
+    check_recall(recall)
     check_target(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent) as folder:
@@ -120,7 +122,7 @@ def synthesize(
         make_models(world, choices, say, is_trained=is_trained)
         world.truth.save(world.folder / "truth.npz", *map(world.open, ("taste", "latent", "price")))
         write_requests(world, "requests", N_REQUESTS, world.folder / "requests.jsonl", is_history_sent=False)
-        pack(world.folder / "pack.toml", out, recall=RECALL, may_hoist=False, force=force, say=say)
+        pack(world.folder / "pack.toml", out, recall=recall, may_hoist=False, force=force, say=say)
         for beside in ("truth.npz", "requests.jsonl"):
             (world.folder / beside).replace(out.with_name(f"{out.name}.{beside}"))
         say(f"requests: {N_REQUESTS:,} in {out}.requests.jsonl; the truth is in {out}.truth.npz")

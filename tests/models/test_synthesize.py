@@ -32,7 +32,7 @@ def start(out: Path, seed: int, threads: int, *more: str) -> subprocess.Popen[by
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seed 0, seed 0 again and, untrained, seed 1, made at the same instant."""
     root = tmp_path_factory.mktemp("worlds")
-    worlds = (("first", 0, 1), ("again", 0, 2), ("other", 1, 1, "--untrained"))
+    worlds = (("first", 0, 1), ("again", 0, 2), ("other", 1, 1, "--untrained", "--recall", "0.8"))
     made = [start(root / name / "w1", *world) for name, *world in worlds]
     assert [process.wait() for process in made] == [0, 0, 0]
     return root
@@ -174,6 +174,21 @@ def test_a_catalogue_too_small_is_refused(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets: here it mustn't outlive the test
     assert main(["synthesize", "--items", "999", "--out", str(tmp_path / "w1")]) == 2
     assert "allowed are 1,000 and 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_index_is_asked_for_the_recall_that_was_wanted(folder: Path, world: Generation) -> None:
+    targets = [made.manifest.retrievers[0].recall.target for made in (world, load(folder / "other/w1"))]
+    assert targets == [0.9, 0.8]
+
+
+def test_a_recall_that_is_no_share_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "bundle"
+    assert main(["synthesize", "--items", "1000", "--recall", "80", "--out", str(out)]) == 2
+    assert "--recall: is 80" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
