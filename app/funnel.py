@@ -27,11 +27,13 @@ from app.control.loss import expected_loss
 from app.errors import ContractError, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Sent, Stage, StageReport, Told
 from app.stages import preranking, reranking, retrieval, selection
+from app.wire import LARGE_BODY
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
 
-# To look up who asks when the first half is late, before going on without: of the time left, and at least so much.
+# To look up who asks when the first half is late, before going on without: of the time left, if that is so much; what
+# is given up goes on in its thread, and is in the way of what comes after it.
 LATE_SHARE, LATE_S = 0.3, 1e-3
 
 Given = TypeVar("Given", contravariant=True)
@@ -99,7 +101,8 @@ class Funnel:
             with suppress(StageFailed, TimeoutError):
                 async with asyncio.timeout(deadline.limit(1.0, started, self.reserve_s)):
                     return await self.runner.rank(sent, deadline, quality, until)
-        return await self.finish(*await self._narrowed(resolve, deadline, quality, until))
+        is_small = sent is not None and len(sent.body) <= LARGE_BODY
+        return await self.finish(*await self._narrowed(resolve, deadline, quality, until, is_small=is_small))
 
     async def narrow(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, *, is_late: bool = False
@@ -121,27 +124,32 @@ class Funnel:
         fine = await self.run(self.reranking, scope, query, coarse)
         return query, self.select(scope, query, fine)
 
-    async def _narrowed(self, resolve: Resolve, deadline: Deadline, quality: float, until: float) -> Narrowed:
-        """The first half by a thread; where its time is over without a search, and then without the person."""
+    async def _narrowed(
+        self, resolve: Resolve, deadline: Deadline, quality: float, until: float, *, is_small: bool
+    ) -> Narrowed:
+        """The first half by a thread; where its time is over without a search, and then without the person.
+
+        is_small: the last takes half a millisecond then, less than to wait for a thread beside busy workers; else up to
+        10 ms.
+        """
         narrow = partial(self.narrow, resolve, deadline, quality)
         if (search_s := until - time.monotonic()) > 0:
             with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
                 async with asyncio.timeout(search_s):
                     return await asyncio.to_thread(outcome_of, narrow)
-        with suppress(TimeoutError):  # who asks may still be found out
-            left_s = deadline.limit(1.0, time.monotonic(), self.reserve_s)
-            async with asyncio.timeout(max(LATE_S, LATE_SHARE * left_s)):
-                return await asyncio.to_thread(outcome_of, partial(narrow, is_late=True))
+        if (late_s := LATE_SHARE * deadline.limit(1.0, time.monotonic(), self.reserve_s)) >= LATE_S:
+            with suppress(TimeoutError):  # who asks may still be found out
+                async with asyncio.timeout(late_s):
+                    return await asyncio.to_thread(outcome_of, partial(narrow, is_late=True))
         nameless = partial(self.narrow, lambda is_late: resolve(is_late=True), deadline, quality, is_late=True)
-        return await asyncio.to_thread(outcome_of, nameless)  # up to 10 ms for the largest request
+        return outcome_of(nameless) if is_small else await asyncio.to_thread(outcome_of, nameless)
 
     def seconds(self, quality: float) -> float:
         """What a request is expected to take at this quality where all workers are busy."""
         widths = self.generation.manifest.funnel
-        n = max(int(quality * widths.retrieve), widths.rerank)
+        n, m = max(int(quality * widths.retrieve), widths.rerank), int(quality * widths.rerank)
         narrow_s = self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n)
-        n_workers = max(self.reranking.scorer.n_workers, 1)
-        return narrow_s / n_workers + self.reranking.cost.seconds(int(quality * widths.rerank))
+        return narrow_s / max(self.reranking.scorer.n_workers, 1) + self.reranking.cost.seconds(m)
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
@@ -174,8 +182,7 @@ class Funnel:
             log.warning("%s failed: %s", stage.stage.label, e)
             output, fault = stage.substitute(scope, query, given), Outcome.FAILED
         _check_output(given, output, self.generation.n_items)
-        fresh = len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
-        done = 0 if fault else fresh
+        done = 0 if fault else len(output) if isinstance(output, Candidates) else int(output.is_fresh.sum())
         now = time.monotonic()
         is_late = now >= until or fault is Outcome.LATE
         outcome = fault or _outcome(stage.stage, wanted, done, narrowing, is_late=is_late)
@@ -244,11 +251,10 @@ def _check_output(given: object, output: Candidates | Scored, n_items: int) -> N
 
 def _check_ranking(query: Query, fine: Scored, ranking: Ranking) -> None:
     rows, p = ranking.rows, ranking.propensities
-    n = min(query.k, len(fine))
-    is_one = len(rows) == len(set(rows.tolist())) == n
-    require(is_one, f"selection: min(k, candidates) = {n} items, each once", ContractError)
+    n, shown = min(query.k, len(fine)), set(rows.tolist())
+    require(len(rows) == len(shown) == n, f"selection: min(k, candidates) = {n} items, each once", ContractError)
     columns = {c.shape for c in (ranking.scores, ranking.values, ranking.stages, p)}
     require(columns == {rows.shape}, "selection: columns of one length", ContractError)
-    are_candidates = (fine.candidates.rows[:, None] == rows).sum() == n  # of which each is there once
-    require(bool(are_candidates), "selection: only candidates", ContractError)
+    # Each candidate is there once: so many places hold one that is shown.
+    require(np.count_nonzero(fine.candidates.rows[:, None] == rows) == n, "selection: only candidates", ContractError)
     require(bool(((p > 0) & (p <= 1)).all()), "selection: propensities in (0, 1]", ContractError)

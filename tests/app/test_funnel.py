@@ -3,16 +3,18 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from app import wire
 from app.control.carrying import PRIOR_ROWS, to_request_scale
 from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.errors import ContractError, StageFailed
-from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Stage, best_first, sealed
+from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Sent, Stage, best_first, sealed
 from app.funnel import Funnel, offline_funnel
 from app.stages import selection
 from app.warmup import offline_query, rank_offline
@@ -358,6 +360,24 @@ async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generati
         (Stage.PRERANKING, "late"),
     ]
     assert not set(world.HISTORIES[0]) & set(ranking.rows.tolist())
+
+
+async def test_a_small_request_whose_time_is_over_waits_for_no_thread(generation):
+    released, only = threading.Event(), ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(only)
+    only.submit(released.wait, 60)
+    funnel, small = offline_funnel(generation), Sent("small", b"{}", None)
+
+    def resolve(*, is_late):
+        return wire.to_query(wire.RankRequest(), "small", generation, is_late=is_late)
+
+    try:
+        async with asyncio.timeout(20):  # the only thread is taken for longer
+            _, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 0.02), sent=small)
+    finally:
+        released.set()
+    assert len(ranking) == world.K
+    assert [(d.stage, d.reason) for d in ranking.degradations][:1] == [(Stage.RETRIEVAL, "late")]
 
 
 @pytest.mark.parametrize(("error", "reason"), [(StageFailed("broken"), "failed"), (TimeoutError(), "late")])
