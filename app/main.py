@@ -33,7 +33,6 @@ from app.wire import LARGE_BODY
 
 logger = logging.getLogger(__name__)
 
-WHAT = "Funnel ranking inside a latency SLA."
 SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop; Python's own 5 ms is half a timeout
 
 
@@ -50,7 +49,7 @@ def create_admin_app(service: Service) -> FastAPI:
 
 
 def _app(title: str, router: APIRouter) -> FastAPI:
-    app = FastAPI(title=title, version=version("winnow"), description=WHAT, redoc_url=None)
+    app = FastAPI(title=title, version=version("winnow"), description="Funnel ranking inside an SLA.", redoc_url=None)
     for error in (HTTPException, WinnowError):
         app.add_exception_handler(error, problems.refuse)
     app.include_router(router)

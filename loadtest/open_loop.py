@@ -134,12 +134,12 @@ def _generate(answers: Connection, what: Attack, cells: Any) -> None:
 def _go_first() -> None:
     """Have turns of 0.1 ms: by sched_setattr(2), Linux 6.12 and later let who wakes go before longer ones.
 
-    Beside two busy processes of niceness 10 a timer's p99 is 0.1 ms late so, and 3.3 with Linux's own turns (6.18,
-    2026-11).
+    Where it is forbidden or unknown nothing changes, and the generator's lateness says so. Beside two busy processes of
+    niceness 10 a timer's p99 is 0.1 ms late with it, and 3.3 with Linux's own turns (6.18, 2026-11).
     """
     number = {"x86_64": 314, "aarch64": 274}.get(platform.machine())
-    attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.nice(0), 0, 100_000, 0, 0)
-    if number:
+    if number and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.nice(0), 0, 100_000, 0, 0)
         ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 

@@ -380,6 +380,30 @@ async def test_a_small_request_whose_time_is_over_waits_for_no_thread(generation
     assert [(d.stage, d.reason) for d in ranking.degradations][:1] == [(Stage.RETRIEVAL, "late")]
 
 
+@pytest.mark.parametrize(
+    ("n_bytes", "most_popular", "is_by_loop"),
+    [
+        (wire.LARGE_BODY, len(world.POPULAR), True),
+        (wire.LARGE_BODY + 1, len(world.POPULAR), False),
+        (2, len(world.POPULAR) - 1, False),
+    ],
+)
+async def test_without_time_nobody_is_looked_up_and_the_loop_ranks_only_what_is_small(
+    generation, monkeypatch, n_bytes, most_popular, is_by_loop
+):
+    monkeypatch.setattr("app.funnel.MOST_POPULAR", most_popular)
+    resolved = []
+
+    def resolve(*, is_late):
+        resolved.append((is_late, threading.current_thread() is threading.main_thread()))
+        return wire.to_query(wire.RankRequest(), "late", generation, is_late=is_late)
+
+    late, sent = Deadline(time.monotonic() - 1, 0.02), Sent("late", b" " * n_bytes, None)
+    _, ranking = await offline_funnel(generation).rank(resolve, late, sent=sent)
+    assert resolved == [(True, is_by_loop)]
+    assert len(ranking) == world.K
+
+
 @pytest.mark.parametrize(("error", "reason"), [(StageFailed("broken"), "failed"), (TimeoutError(), "late")])
 async def test_without_pre_ranking_the_retrieval_scores_take_its_place(funnel, ask, generation, error, reason):
     fail(funnel.preranking, error)
