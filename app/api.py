@@ -142,7 +142,7 @@ async def answer(request: Request, service: Service) -> Response:
     try:
         require_key(service.keys, request.headers.get("authorization"), "rank")
         sent, schema = await _body(request), wire.RankRequest
-        is_large = len(sent) > wire.LARGE_BODY
+        is_large = len(sent) > Limits.LARGE_BODY
         asked = await asyncio.to_thread(wire.parse, sent, schema) if is_large else wire.parse(sent, schema)
         request_id = asked.request_id or request_id
         complete_at = request.scope.get("winnow.complete_at", received_at)

@@ -5,6 +5,7 @@
 It owns the order of the stages, their time, what happens when one is late or fails, and the contracts between
 them. It does not own what a stage does (stages/), what replaces what (control/degradation.py) or the time
 rules (control/deadline.py). A fault costs quality, never the answer; a broken contract is our bug and raises.
+It is over 250 lines because what holds for every stage, time, substitutes, reports, contracts, is said here once.
 """
 
 import asyncio
@@ -26,8 +27,8 @@ from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, na
 from app.control.loss import expected_loss
 from app.errors import ContractError, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Sent, Stage, StageReport, Told
+from app.settings import Limits
 from app.stages import preranking, reranking, retrieval, selection
-from app.wire import LARGE_BODY
 from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ class Funnel:
             with suppress(StageFailed, TimeoutError):
                 async with asyncio.timeout(deadline.limit(1.0, started, self.reserve_s)):
                     return await self.runner.rank(sent, deadline, quality, until)
-        is_small = sent is not None and len(sent.body) <= LARGE_BODY and len(self.generation.popular) <= MOST_POPULAR
+        is_small = len(self.generation.popular) <= MOST_POPULAR
+        is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
         return await self.finish(*await self._narrowed(resolve, deadline, quality, until, is_small=is_small))
 
     async def narrow(

@@ -28,8 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app import api, log, problems
 from app.errors import ServerError, WinnowError
 from app.service import Service
-from app.settings import Settings, SettingsError
-from app.wire import LARGE_BODY
+from app.settings import Limits, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class RankingProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        if self.held and len(self.held[0].body) > LARGE_BODY:
+        if self.held and len(self.held[0].body) > Limits.LARGE_BODY:
             self._start_held()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

@@ -18,8 +18,9 @@ class SettingsError(ValueError):
 
 
 class Limits:
-    """The most that one request may hold. Constants: they are part of the OpenAPI document."""
+    """The most that one request may hold, and when it is large. Constants: they are part of the OpenAPI document."""
 
+    LARGE_BODY = 4_096  # bytes, some hundreds of ids: what is longer takes over a millisecond and goes to a thread
     BODY_BYTES = 1 << 20  # 10,000 candidates with features are 600 kB
     K = 1_000
     HISTORY = 1_000  # more than any model here reads

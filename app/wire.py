@@ -25,7 +25,6 @@ from app.settings import Limits
 SHOWN_ERRORS = 20
 MANY_ERRORS = 1_000  # beyond them none is named
 SCORES_TOLD = 3  # of an answer, to be counted: its head is what moves when a model goes wrong
-LARGE_BODY = 4_096  # bytes, some hundreds of ids: what is longer takes over a millisecond and goes to a thread
 
 Text = Annotated[str, Field(max_length=Limits.ID_LENGTH)]
 Id = int | Text

@@ -94,7 +94,7 @@ def synthesize(
     seed: int,
     name: str,
     force: bool,
-    recall: float = 0.90,
+    recall: float,
     is_trained: bool = True,
     hidden: tuple[int, ...] = stand_ins.HIDDEN,
     say: Say = print,

@@ -16,6 +16,7 @@ from app.control.deadline import Deadline
 from app.errors import ContractError, StageFailed
 from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Sent, Stage, best_first, sealed
 from app.funnel import Funnel, offline_funnel
+from app.settings import Limits
 from app.stages import selection
 from app.warmup import offline_query, rank_offline
 from tests import world
@@ -383,8 +384,8 @@ async def test_a_small_request_whose_time_is_over_waits_for_no_thread(generation
 @pytest.mark.parametrize(
     ("n_bytes", "most_popular", "is_by_loop"),
     [
-        (wire.LARGE_BODY, len(world.POPULAR), True),
-        (wire.LARGE_BODY + 1, len(world.POPULAR), False),
+        (Limits.LARGE_BODY, len(world.POPULAR), True),
+        (Limits.LARGE_BODY + 1, len(world.POPULAR), False),
         (2, len(world.POPULAR) - 1, False),
     ],
 )

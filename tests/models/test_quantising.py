@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantising") / "small"
     hidden = (32, 16, 8)
     synthesize.synthesize(
-        out, 1_000, d=8, seed=0, name="small", force=False, is_trained=False, hidden=hidden, say=SILENT
+        out, 1_000, d=8, seed=0, name="small", force=False, recall=0.9, is_trained=False, hidden=hidden, say=SILENT
     )
     return out
 
