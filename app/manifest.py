@@ -71,14 +71,6 @@ class Retriever(Strict):
         return self
 
 
-class Budgets(Strict):
-    """By which share of the timeout each stage must have answered; see control/deadline.py."""
-
-    retrieval: float = Field(default=0.4, gt=0, le=1)
-    preranking: float = Field(default=0.55, gt=0, le=1)
-    reranking: float = Field(default=0.98, gt=0, le=1)
-
-
 class FunnelConfig(Strict):
     """Widths in candidates; k when a request names none."""
 
@@ -86,7 +78,6 @@ class FunnelConfig(Strict):
     rerank: int = Field(default=100, ge=1, le=10_000)
     k: int = Field(default=10, ge=1, le=1_000)
     exclude_history: bool = False
-    budgets: Budgets = Budgets()
 
 
 def rises(values: tuple[float, ...]) -> bool:

@@ -1,7 +1,7 @@
 """Every tunable of the service: unit, range, default, reason. The only reader of the environment.
 
-`WINNOW_<NAME>` sets the field <name>. What belongs to the models (widths, budgets) is in the bundle's
-manifest instead, and what the wire format allows at most is in `Limits`, since the published schema holds it.
+`WINNOW_<NAME>` sets the field <name>. What belongs to the models, as widths do, is in the
+bundle's manifest instead, and what the wire format allows at most is in `Limits`, since the published schema holds it.
 """
 
 import ipaddress

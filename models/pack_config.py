@@ -89,7 +89,7 @@ class PreRankerFile(Strict):
 
 
 class FunnelPart(FunnelConfig):
-    """Widths and budgets, as the manifest holds them.
+    """Widths, as the manifest holds them.
 
     timeout_ms: the SLA they were chosen for; a bundle doesn't hold it, since the service's SLA is the service's
     (WINNOW_SLA_MS), so `pack` only repeats it.

@@ -1,8 +1,8 @@
-"""Deadlines and budgets: pure rules on numbers. The clock is an argument; nobody here looks at one.
+"""Deadlines: pure rules on numbers. The clock is an argument; nobody here looks at one.
 
 A deadline is made once a request, from the moment its first header byte was read, and is an absolute instant
-of the process's monotonic clock. A budget is the share of the whole timeout by whose end a stage must have
-answered; shares, not milliseconds, so that a request with a shorter timeout shortens every stage alike.
+of the process's monotonic clock. A stage's budget is what is left until then, without what later stages are
+expected to take: a request that had to wait has used nobody's time, and what is left of it is for whoever needs it.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Deadline:
     started_at: float
     timeout_s: float
 
-    def limit(self, share: float, now: float, reserve_s: float) -> float:
-        """Seconds a stage may still take whose budget ends at `share` of the timeout.
+    def limit(self, now: float, reserve_s: float, later_s: float = 0.0) -> float:
+        """Seconds a stage may still take that leaves `later_s` to the stages after it.
 
         `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
         never more than three tenths of the timeout, else a short timeout would leave no time at all.
         """
-        most_s = self.timeout_s - min(reserve_s, 0.3 * self.timeout_s)
-        return max(0.0, self.started_at + min(share * self.timeout_s, most_s) - now)
+        all_s = self.timeout_s - min(reserve_s, 0.3 * self.timeout_s)
+        return max(0.0, self.started_at + all_s - later_s - now)

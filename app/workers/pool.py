@@ -40,7 +40,8 @@ CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
 SEARCHING = 50  # looks until a request that nobody waits for must be left: a search can't be stopped
-ALONE = 0.3  # of the time there is, and of the SLA, for one worker to re-rank: to share less costs more than it saves
+ALONE = 0.3  # of the SLA, for one worker to re-rank: to share less costs more than it saves
+SAVED_S = 5e-3  # that sharing must save a request which one worker can't take its whole way in time
 STEADY_S = 10.0  # a worker that lived so long starts its next life with a clean record
 BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled for each early death, and the most
 RECENT = 0.2  # weight of a slice in what a worker's rows take it
@@ -175,17 +176,17 @@ class WorkerPool:
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
         widths, left_s = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s - time.monotonic()
-        alone_s = self.cost.seconds(quality * (sent.rerank_count or widths.rerank))
-        if not self.ready or (alone_s > ALONE * min(left_s, self.given.sla_s) and self.n_workers > 1):
-            raise StageFailed("for several workers, or for none")
+        n = quality * (sent.rerank_count or widths.rerank)
+        alone_s, saved_s = self.cost.seconds(n), self.cost.seconds(n) - self.seconds(n)
         all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
+        is_slow = alone_s > ALONE * self.given.sla_s or (all_s > left_s and saved_s > SAVED_S)
+        require(bool(self.ready) and not (is_slow and saved_s), "for several workers, or for none", StageFailed)
 
         def says(_: int) -> object:
-            left_s = deadline.started_at + deadline.timeout_s - time.monotonic()
-            return Asked(sent, left_s, deadline.timeout_s, quality)
+            return Asked(sent, deadline.started_at + deadline.timeout_s - time.monotonic(), deadline.timeout_s, quality)
 
         job = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
-        in_s = deadline.limit(1.0, time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
+        in_s = deadline.limit(time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
         loop = asyncio.get_running_loop()
         timers = loop.call_later(in_s, self._stop, job), loop.call_at(until, self._is_overdue, job)
         try:

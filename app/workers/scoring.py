@@ -23,8 +23,9 @@ from app.errors import StageFailed
 from app.features import Inputs, item_inputs, request_inputs
 from app.flow import F32, Array, Arrays, Candidates, Person, Scores
 
-# What a slice should take: a tenth of the time left, or 3 ms, but no more than is left.
-SLICE_SHARE, SLICE_S = 0.1, 3e-3
+# What a slice should take: a tenth of the time left, or 3 ms, but no more than a third of what is left: one that isn't
+# over in time is lost whole.
+SLICE_SHARE, SLICE_S, MOST_SHARE = 0.1, 3e-3, 1 / 3
 LEAST_ROWS, MOST_ROWS = 8, 1024  # of a slice: 100 and 500 rows at a time cost the same a row, 8 twice as much
 
 Answer = asyncio.Future[None] | Future[None]  # the second where it is there at once
@@ -157,5 +158,5 @@ class InProcess:
 
 def slice_rows(row_s: float, n_left: int, left_s: float) -> int:
     """How many of the rows that are left make the next of equal slices, when a row takes row_s."""
-    most = min(max(SLICE_S, SLICE_SHARE * left_s), max(left_s, 0.0)) / max(row_s, 1e-9)
+    most = min(max(SLICE_S, SLICE_SHARE * left_s), MOST_SHARE * max(left_s, 0.0)) / max(row_s, 1e-9)
     return ceil(n_left / ceil(n_left / max(LEAST_ROWS, min(MOST_ROWS, int(most)))))

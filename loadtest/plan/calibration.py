@@ -12,7 +12,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 8
+FORMAT = 9
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
@@ -92,8 +92,8 @@ class Calibration:
     """One calibration. warmth, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
     error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
-    round, over the median. search_share: of the SLA, the bundle's budget for retrieval. path: of the bundle as the
-    caller named it. contents: of its files, whatever its widths (bundles.py).
+    round, over the median. path: of the bundle as the caller named it. contents: of its files, whatever its widths
+    (bundles.py).
     """
 
     date: str
@@ -108,7 +108,6 @@ class Calibration:
     kind: str
     model_bytes: int
     base: Configuration
-    search_share: float
     speeds: tuple[float, ...]
     demand: Demand
     loaded: tuple[Loaded, ...]

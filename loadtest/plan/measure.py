@@ -103,7 +103,6 @@ def calibrate(
         kind=retriever["kind"],
         model_bytes=(bundle / "re_ranker.onnx").stat().st_size,
         base=base,
-        search_share=funnel["budgets"]["retrieval"],
         speeds=speeds,
         demand=demand,
         loaded=tuple(loaded),

@@ -4,8 +4,7 @@ Requests are spread over machines at random, so each sees Poisson arrivals of it
 others are like it. More than one machine was never measured here, and a plan says so.
 
 The highest rate is where p99 leaves the SLA or, before that, coverage falls under .99, as full quality ends: a request
-that takes 0.85 of the SLA, or waited so long that its search isn't over by the bundle's budget for retrieval, makes the
-service narrow its funnel for those who come after (recipe.py's `coverage`).
+that takes 0.85 of the SLA makes the service narrow its funnel for those who come after (recipe.py's `coverage`).
 Intervals come from the speeds that the calibration met (their 10th and 90th percentile), two seeds, and, for another
 catalogue, the interval of the exponent.
 """

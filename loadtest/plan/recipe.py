@@ -35,11 +35,10 @@ STALLS = 0.9  # quantile of a shape beyond which it is the machine that stalled,
 class Model:
     """What is simulated: who there is, and what a request takes them.
 
-    base: what the demand's shapes were measured in. scale: seconds over those of the calibration. search_share: of the
-    SLA, by which the search must be over, or the service narrows it. warmth: what the service's CPU for a
-    request is of the demand where cores are idle, and what is added to that where all are busy: less than nothing if
-    caches stay warm. warm: what it is here. beyond_s: in every latency, by nobody here. stretch: of what latencies are
-    over their median. The client's was metered under load.
+    base: what the demand's shapes were measured in. scale: seconds over those of the calibration. warmth:
+    what the service's CPU for a request is of the demand where cores are idle, and what is added to that where all are
+    busy: less than nothing if caches stay warm. warm: what it is here. beyond_s: in every latency, by nobody here.
+    stretch: of what latencies are over their median. The client's was metered under load.
     """
 
     demand: Demand
@@ -48,7 +47,6 @@ class Model:
     machine: Machine
     has_client: bool = False
     scale: float = 1.0
-    search_share: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
     warm: float = 1.0
     beyond_s: float = 0.0
@@ -118,10 +116,8 @@ class Model:
 
     @property
     def narrows_at_s(self) -> float:
-        """The latency from which on the service narrows: close to the SLA, or where the search is late before that."""
-        means, c = self.means(), self.configuration  # hot or cold: it is little beside the budget
-        after_s = means["preranking"] + means["reranking"] / self.shards(c) + means["loop"] / 2 + means["client"]
-        return min(NARROWS_AT * c.sla_s, self.search_share * c.sla_s + after_s)
+        """The latency from which on the service narrows."""
+        return NARROWS_AT * self.configuration.sla_s
 
     def at(self, rate: float, seconds: float, seed: int = 0) -> Simulated:
         """What Poisson arrivals of this rate meet for so long; never more than 40,000 requests of it."""
@@ -219,7 +215,6 @@ def model(
         machine,
         has_client,
         scale,
-        calibration.search_share,
         calibration.warmth,
         beyond_s=calibration.beyond_s,
         stretch=calibration.stretch,

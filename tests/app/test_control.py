@@ -7,25 +7,23 @@ from app.control.degradation import BY_LOAD, BY_TIME, INSTEAD, REASONS, USER_LAT
 from app.flow import Degradation, Outcome, Stage
 
 
-def test_a_budget_ends_at_its_share_of_the_timeout_counted_from_the_first_byte():
+def test_a_budget_is_what_is_left_counted_from_the_first_byte_without_what_later_stages_need():
     deadline = Deadline(started_at=100.0, timeout_s=1.0)
-    assert deadline.limit(share=0.4, now=100.1, reserve_s=0.0) == pytest.approx(0.4 - 0.1)
+    assert deadline.limit(now=100.1, reserve_s=0.0) == pytest.approx(1 - 0.1)
+    assert deadline.limit(now=100.1, reserve_s=0.0, later_s=0.3) == pytest.approx(1 - 0.1 - 0.3)
 
 
-def test_a_stage_that_starts_after_its_budget_has_no_time():
-    assert Deadline(0.0, 1.0).limit(share=0.4, now=0.5, reserve_s=0.0) == 0.0
+def test_a_stage_that_starts_where_later_ones_need_all_that_is_left_has_no_time():
+    assert Deadline(0.0, 1.0).limit(now=0.5, reserve_s=0.0, later_s=0.6) == 0.0
 
 
-def test_the_reserve_is_kept_back_from_the_last_stage():
-    assert Deadline(0.0, 1.0).limit(share=1.0, now=0.2, reserve_s=0.1) == pytest.approx(1 - 0.1 - 0.2)
+def test_the_reserve_is_kept_back_from_every_stage():
+    assert Deadline(0.0, 1.0).limit(now=0.2, reserve_s=0.1) == pytest.approx(1 - 0.1 - 0.2)
+    assert Deadline(0.0, 1.0).limit(now=0.2, reserve_s=0.1, later_s=0.3) == pytest.approx(1 - 0.1 - 0.2 - 0.3)
 
 
 def test_the_reserve_takes_no_more_than_three_tenths_of_a_short_timeout():
-    assert Deadline(0.0, 0.01).limit(share=1.0, now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.3 * 0.01)
-
-
-def test_a_reserve_does_not_shorten_a_budget_that_ends_before_it():
-    assert Deadline(0.0, 1.0).limit(share=0.4, now=0.0, reserve_s=0.1) == pytest.approx(0.4)
+    assert Deadline(0.0, 0.01).limit(now=0.0, reserve_s=5.0) == pytest.approx(0.01 - 0.3 * 0.01)
 
 
 @pytest.mark.parametrize(

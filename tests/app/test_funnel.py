@@ -342,6 +342,45 @@ async def test_what_retrieval_narrowed_is_pre_ranked_whole(funnel, ask, sent):
         assert preranked.done == preranked.wanted == retrieved.done
 
 
+async def test_a_stage_may_take_what_later_ones_are_not_expected_to_need(funnel, ask):
+    """60 s, of which the request has waited for 54: fixed shares of the whole would have left the first stages none."""
+    funnel.retrieval.cost = funnel.preranking.cost = Cost(1e-3, 1e-3)
+    funnel.reranking.cost, widths = Cost(0.01, 0.02), funnel.generation.manifest.funnel
+    deadline, seen = Deadline(time.monotonic() - 54, 60.0), {}
+    for stage in (funnel.retrieval, funnel.preranking, funnel.reranking):
+
+        async def run(scope, query, given, until, stage=stage, whole=stage.run):
+            seen[stage.stage] = deadline.started_at + deadline.timeout_s - until
+            return await whole(scope, query, given, until)
+
+        stage.run = run
+    ranking = await world.rank_by(deadline, funnel, ask())
+    assert ranking.degradations == ()
+    quarter_s = 0.01 + 0.02 * widths.rerank / 4
+    expected = {
+        Stage.RETRIEVAL: 1e-3 + 1e-3 * widths.retrieve + quarter_s,
+        Stage.PRERANKING: quarter_s,
+        Stage.RERANKING: 0.0,
+    }
+    assert seen == pytest.approx(expected)
+
+
+async def test_the_runner_may_begin_as_long_as_the_first_half_fits(generation, funnel):
+    begun_until = []
+
+    class Runner:
+        async def rank(self, sent, deadline, quality, until):
+            begun_until.append(until)
+            return "told"
+
+    funnel.runner, widths = Runner(), generation.manifest.funnel
+    funnel.retrieval.cost = funnel.preranking.cost = Cost(1e-3, 1e-3)
+    deadline = Deadline(time.monotonic(), 60.0)
+    assert await funnel.rank(lambda **_: None, deadline, 0.5, Sent("sent", b"{}", None)) == "told"
+    n = max(widths.retrieve // 2, widths.rerank)
+    assert begun_until == pytest.approx([deadline.started_at + 60 - 2 * (1e-3 + 1e-3 * n)])
+
+
 async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):
     released = threading.Event()
     resolved = []

@@ -124,7 +124,7 @@ def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel,
     [
         (2e-5, 300, 0.03, 150),  # 3 ms, whatever is left: 150 rows
         (2e-5, 301, 0.03, 101),
-        (2e-5, 301, 0.001, 43),  # no more than is left: 50 rows
+        (2e-5, 301, 0.003, 43),  # no more than a third of what is left: 50 rows
         (1e-4, 300, -1.0, 8),
         (1e-4, 300, 0.1, 100),  # a tenth of 100 ms: 100 rows
         (1e-3, 300, 0.01, 8),

@@ -425,10 +425,11 @@ async def test_a_request_that_the_bundle_can_not_answer_is_refused_by_the_worker
 async def test_re_ranking_that_takes_one_worker_too_long_is_shared(generation, small_shards):
     pool = Watched(generation, 2, given=Given(paced_row_s=0.005))  # 32 rows of a wanted 32: 160 ms
     await pool.start()
+    pool.given = replace(pool.given, sla_s=60.0)
     funnel = running(pool, generation)
-    shared = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
+    shared = await rank(funnel, {"user": {"id": "cho"}}, 0.15)
     assert shared.reports[Stage.RERANKING].shards == 2
-    alone = await rank(funnel, {"user": {"id": "cho"}}, 60.0)
+    alone = await rank(funnel, {"user": {"id": "cho"}}, 0.4)
     assert alone.reports[Stage.RERANKING].shards == 1
     pool.given = replace(pool.given, sla_s=0.4)  # what is slow by the SLA narrows the funnel for all, whoever has time
     patient = await rank(funnel, {"user": {"id": "cho"}}, 60.0)

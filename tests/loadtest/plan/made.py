@@ -32,7 +32,6 @@ CALIBRATION = Calibration(
     kind="ivf_sq8",
     model_bytes=1_000_000,
     base=BASE,
-    search_share=0.4,
     speeds=(1.0, 1.0),
     demand=DEMAND,
     loaded=(),

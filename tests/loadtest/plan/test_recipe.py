@@ -30,11 +30,9 @@ def test_the_service_s_rules_are_the_service_s() -> None:
     assert Settings().spares == memory.SPARES
 
 
-def test_full_quality_ends_where_a_search_is_late() -> None:
-    """0.4 of 100 ms, and what comes after the search: stages of 0.2 and 1.58 ms, half of the loop's, a client's 0.4."""
+def test_full_quality_ends_close_to_the_sla() -> None:
     one = model(CALIBRATION, replace(BASE, sla_s=0.1), has_client=True)
-    assert one.narrows_at_s == pytest.approx(40 * MS + (0.2 + 1.58 + 0.5 + 0.4) * MS)
-    assert replace(one, search_share=1.0).narrows_at_s == pytest.approx(85 * MS)
+    assert one.narrows_at_s == pytest.approx(85 * MS)
 
 
 def test_a_lone_request_takes_what_its_parts_take() -> None:
