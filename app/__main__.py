@@ -48,8 +48,7 @@ def _report(g: Generation) -> None:
     print(f"  users       {len(g.users.ids) if g.users else 0:,}")
     print(f"  index       {m.retrievers[0].kind}, recall@{recall.at} {recall.reached:.3f} (asked: {recall.target})")
     print(f"  widths      {m.funnel.retrieve} -> {m.funnel.rerank} -> {m.funnel.k}")
-    print(f"  calibration from {m.calibration.n_requests} requests")
-    print(f"  golden      {len(m.golden)} requests reproduced")
+    print(f"  golden      {len(m.golden)} requests reproduced; calibrated on {m.calibration.n_requests}")
     print(f"  digest      {g.digest}")
 
 

@@ -33,9 +33,9 @@ from app.workers.scoring import InProcess, ShardModel, ShardScorer
 
 log = logging.getLogger(__name__)
 
-# Of re-ranking's width: what earlier stages leave time for. Of the full funnel's NDCG@20 an answer on W1 loses .53 with
-# none re-ranked, .09 with a quarter, but .44 with a quarter retrieved or none pre-ranked, and all with popular items.
-LEAST_RERANKED = 0.25
+# Of the time left, for what comes after retrieval or pre-ranking. No more: of the full funnel's NDCG@20 an answer on W1
+# loses .09 with a quarter re-ranked, but .44 with a quarter retrieved or none pre-ranked, and all with popular items.
+LATER_SHARE = 0.25
 # Of the time left, for what takes the place of a search that hangs; and of that, to look up who asks. Where this is
 # less than so many seconds it isn't begun: a look-up that is given up goes on in its thread, and delays what comes
 # after it.
@@ -102,11 +102,10 @@ class Funnel:
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
         if self.runner and sent:
-            started, (narrow_s, _) = time.monotonic(), self.halves_s(quality)
-            until = started + deadline.limit(started, self.reserve_s, narrow_s)
+            left_s = deadline.limit(now := time.monotonic(), self.reserve_s)
             with suppress(StageFailed, TimeoutError):
-                async with asyncio.timeout(deadline.limit(started, self.reserve_s)):
-                    return await self.runner.rank(sent, deadline, quality, until)
+                async with asyncio.timeout(left_s):
+                    return await self.runner.rank(sent, deadline, quality, now + left_s - self.narrow_s(quality))
         is_small = len(self.generation.popular) <= MOST_POPULAR
         is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
         return await self.finish(*await self._narrowed(resolve, deadline, quality, is_small=is_small))
@@ -136,8 +135,8 @@ class Funnel:
         is_small: the last takes less than to wait for a thread beside busy workers; else up to 10 ms.
         """
         narrow = partial(self.narrow, resolve, deadline, quality)
-        (narrow_s, rerank_s), left_s = self.halves_s(quality), deadline.limit(time.monotonic(), self.reserve_s)
-        if (search_s := left_s - max(LEAST_RERANKED * rerank_s, LATE_SHARE * left_s)) > narrow_s:
+        search_s = (1 - LATE_SHARE) * deadline.limit(time.monotonic(), self.reserve_s)
+        if search_s > self.narrow_s(quality):
             with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
                 async with asyncio.timeout(search_s):
                     return await asyncio.to_thread(outcome_of, narrow)
@@ -150,14 +149,14 @@ class Funnel:
 
     def seconds(self, quality: float) -> float:
         """What a request is expected to take at this quality where all workers are busy."""
-        narrow_s, rerank_s = self.halves_s(quality)
-        return narrow_s / max(self.reranking.scorer.n_workers, 1) + rerank_s
+        n, n_workers = int(quality * self.generation.manifest.funnel.rerank), max(self.reranking.scorer.n_workers, 1)
+        return self.narrow_s(quality) / n_workers + self.reranking.cost.seconds(n)
 
-    def halves_s(self, quality: float) -> tuple[float, float]:
-        """What either half is expected to take at this quality, where nobody else asks for anything."""
+    def narrow_s(self, quality: float) -> float:
+        """What the first half is expected to take."""
         widths = self.generation.manifest.funnel
-        n, m = max(int(quality * widths.retrieve), widths.rerank), int(quality * widths.rerank)
-        return self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n), self.reranking.cost.seconds(m)
+        n = max(int(quality * widths.retrieve), widths.rerank)
+        return self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n)
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
@@ -172,8 +171,8 @@ class Funnel:
     async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
         """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
         started, fault, wanted = time.monotonic(), None, stage.wanted(scope, query, given)
-        later_s = self._later_s(stage.stage, wanted, scope)
-        until = started + (budget_s := scope.deadline.limit(started, self.reserve_s, later_s))
+        share = 1.0 if stage is self.reranking else 1 - LATER_SHARE
+        until = started + (budget_s := share * scope.deadline.limit(started, self.reserve_s))
         # Of those that are searched for; the caller's own are all kept.
         least = 0 if stage is not self.retrieval else scope.keep if query.candidates is None else wanted
         # Pre-ranking gets what retrieval, narrowed, has found, or popular items: less of that saves little, loses much.
@@ -202,12 +201,6 @@ class Funnel:
         is_short_of_time = narrowing == BY_TIME or (is_late and done < scope.width)
         scope.extra_s += math.inf if is_short_of_time else saved_s
         return output
-
-    def _later_s(self, stage: Stage, n: int, scope: RequestScope) -> float:
-        """What those after a stage of n candidates are expected to take, re-ranking at its least width."""
-        least = int(LEAST_RERANKED * scope.quality * scope.rerank_width)
-        widths = ((self.preranking, n), (self.reranking, least))
-        return sum(later.cost.seconds(width) for later, width in widths if later.stage > stage)
 
     def select(self, scope: RequestScope, query: Query, fine: Scored) -> Ranking:
         """The answer; selection is arithmetic on k items and has no fallback."""

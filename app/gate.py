@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 
 from app.control.admission import PRIORITY_SHARE, Admission, most_in_time
-from app.control.quality import Quality
+from app.control.quality import Quality, at_depth
 from app.errors import CapacityError, require
 from app.metrics import Metrics
 
@@ -36,13 +36,12 @@ class Gate:
         self.most, self.sla_s = most, sla_s
         self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
-        self.inflight = 0
-        self.coming = 0  # found room, and will ask for a permit in a moment
+        self.inflight = self.coming = 0  # these have found room, and will ask for a permit in a moment
         # With its priority; the highest first, and of one priority the oldest.
         self.waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._is_idle = asyncio.Event()
         metrics.inflight.set_function(lambda: self.inflight)
-        metrics.quality.set_function(lambda: self.quality.now(time.monotonic()))
+        metrics.quality.set_function(self.quality_now)
         metrics.admission_limit.set_function(lambda: self.admission.permits)
 
     @asynccontextmanager
@@ -68,6 +67,10 @@ class Gate:
             if not turn.cancelled():
                 self.inflight -= 1
             self._let_in()
+
+    def quality_now(self) -> float:
+        """What the widths of a request that is let in now are multiplied by."""
+        return min(self.quality.now(time.monotonic()), at_depth((self.inflight - 1) / self.admission.most))
 
     def has_room(self) -> bool:
         """Whether a request of normal priority could get a permit now, or is answered otherwise."""

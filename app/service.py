@@ -91,7 +91,7 @@ class Service:
         await asyncio.to_thread(live.replay, generation, changes, str(journal.file))
         given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs, self.gate.sla_s)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
-        pool.changes.extend(changes)
+        pool.changes, pool.quality_now = changes, self.gate.quality_now
         funnel = Funnel(generation, pool, given.reserve_s, runner=pool)
         funnel.retrieval.cost, funnel.preranking.cost = costs
         await pool.start(is_yielding=is_yielding)
@@ -144,7 +144,6 @@ class Service:
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
-        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR))
         log.info("serving %s", self.held["serving"].generation.name)
 
     async def change_items(self, asked: wire.ItemsRequest) -> dict[str, Any]:
@@ -168,8 +167,7 @@ class Service:
         return {"generation": generation.name, "is_kept": journal.file is not None} | change.counts
 
     def _journal(self, generation: Generation) -> live.Journal:
-        folder = self.settings.live_journal
-        return live.Journal(folder / f"{generation.digest}.jsonl" if folder else None)
+        return live.Journal((at := self.settings.live_journal) and at / f"{generation.digest}.jsonl")
 
     def _share_changes(self, known: Serving) -> None:
         """With the same bundle loaded once more, before it may serve."""
@@ -216,7 +214,7 @@ class Service:
                 deadline = Deadline(received_at, timeout_s)  # made once, here
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
-                said = await serving.funnel.rank(resolve, deadline, self.gate.quality.now(started), sent)
+                said = await serving.funnel.rank(resolve, deadline, self.gate.quality_now(), sent)
                 told = said if isinstance(said, Told) else wire.told(*said, serving.generation)
                 took_s = time.monotonic() - started
                 worked_s = took_s if told.seconds is None else told.seconds

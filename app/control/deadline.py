@@ -1,8 +1,8 @@
 """Deadlines: pure rules on numbers. The clock is an argument; nobody here looks at one.
 
 A deadline is made once a request, from the moment its first header byte was read, and is an absolute instant
-of the process's monotonic clock. A stage's budget is what is left until then, without what later stages are
-expected to take: a request that had to wait has used nobody's time, and what is left of it is for whoever needs it.
+of the process's monotonic clock. Stages have no shares of the timeout: a request that had to wait has used nobody's,
+and what is left of its time is for whoever needs it.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Deadline:
     started_at: float
     timeout_s: float
 
-    def limit(self, now: float, reserve_s: float, later_s: float = 0.0) -> float:
-        """Seconds a stage may still take that leaves `later_s` to the stages after it.
+    def limit(self, now: float, reserve_s: float) -> float:
+        """Seconds that are left to all stages.
 
         `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
         never more than three tenths of the timeout, else a short timeout would leave no time at all.
         """
         all_s = self.timeout_s - min(reserve_s, 0.3 * self.timeout_s)
-        return max(0.0, self.started_at + all_s - later_s - now)
+        return max(0.0, self.started_at + all_s - now)

@@ -1,4 +1,4 @@
-"""Quality first: narrow the funnel before anybody is refused. A pure rule; the clock is an argument.
+"""Quality first: narrow the funnel before anybody is refused. Pure rules; the clock is an argument.
 
     q <- q + step                      if the request would have been in time at its wanted width
     q <- q - step · p / (1 - p)        if not, or if it had to be refused
@@ -10,16 +10,31 @@ traffic time alone brings q from its floor back to 1 within two seconds.
 
     p = 0.99, step = 0.001: after 10 in time and 1 late within a moment, q = 1 - 0.099 (the rise stops at 1)
 
+It hears of a load only from what has ended late, and swings. So a request that is begun while many others are in flight
+is narrowed by their number as well, which holds the queue where it is:
+
+    q <= 1 - (1 - floor) · (n / most - a) / (b - a)     for n from a · most to b · most others
+
+most: the number beyond which no answer in time can be hoped for (control/admission.py).
+
 Source: the quality factor of product-mixer; floor and recovery are ours (0.2: below it the agreement with the full
 funnel falls faster than time).
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+
 FLOOR = 0.2
 STEP = 0.001
 PERCENTILE = 0.99
+DEEP = (0.3, 0.5)  # a and b: so far below where admission refuses that a burst finds room
 RECOVERY_PER_S = (1 - FLOOR) / 1.8  # two seconds after the load went, with what is still in flight then
+
+
+def at_depth(share: float) -> float:
+    """The most that quality may be for a request that is begun while others, this share of the most, are in flight."""
+    return float(np.interp(share, DEEP, (1.0, FLOOR)))
 
 
 @dataclass(slots=True)

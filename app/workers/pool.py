@@ -109,6 +109,7 @@ class WorkerPool:
     """
 
     is_yielding = False  # another generation serves, and mustn't notice the start
+    quality_now: Callable[[], float] = staticmethod(lambda: 1.0)  # the most for a request as it is handed out
 
     def __init__(
         self, generation: Generation, n_workers: int, metrics: Metrics, spares: int = 0, given: Given | None = None
@@ -148,7 +149,7 @@ class WorkerPool:
         """After the rows that wait already. With no worker alive everything: re-ranking is to say what is wrong."""
         return max(0, self.cost.fits(budget_s) * self.n_workers - self.backlog) if self.n_workers else 1 << 30
 
-    def seconds(self, n: int) -> float:
+    def seconds(self, n: float) -> float:
         return self.cost.seconds(n / max(self.n_workers, 1))
 
     async def start(self, *, is_yielding: bool = False) -> None:
@@ -175,15 +176,15 @@ class WorkerPool:
 
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
-        widths, left_s = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s - time.monotonic()
+        widths, ends_at = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s
         n = quality * (sent.rerank_count or widths.rerank)
         alone_s, saved_s = self.cost.seconds(n), self.cost.seconds(n) - self.seconds(n)
         all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
-        is_slow = alone_s > ALONE * self.given.sla_s or (all_s > left_s and saved_s > SAVED_S)
+        is_slow = alone_s > ALONE * self.given.sla_s or (all_s > ends_at - time.monotonic() and saved_s > SAVED_S)
         require(bool(self.ready) and not (is_slow and saved_s), "for several workers, or for none", StageFailed)
 
         def says(_: int) -> object:
-            return Asked(sent, deadline.started_at + deadline.timeout_s - time.monotonic(), deadline.timeout_s, quality)
+            return Asked(sent, ends_at - time.monotonic(), deadline.timeout_s, min(quality, self.quality_now()))
 
         job = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
         in_s = deadline.limit(time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)

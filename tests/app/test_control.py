@@ -7,19 +7,16 @@ from app.control.degradation import BY_LOAD, BY_TIME, INSTEAD, REASONS, USER_LAT
 from app.flow import Degradation, Outcome, Stage
 
 
-def test_a_budget_is_what_is_left_counted_from_the_first_byte_without_what_later_stages_need():
-    deadline = Deadline(started_at=100.0, timeout_s=1.0)
-    assert deadline.limit(now=100.1, reserve_s=0.0) == pytest.approx(1 - 0.1)
-    assert deadline.limit(now=100.1, reserve_s=0.0, later_s=0.3) == pytest.approx(1 - 0.1 - 0.3)
+def test_what_is_left_counts_from_the_first_byte():
+    assert Deadline(started_at=100.0, timeout_s=1.0).limit(now=100.1, reserve_s=0.0) == pytest.approx(1 - 0.1)
 
 
-def test_a_stage_that_starts_where_later_ones_need_all_that_is_left_has_no_time():
-    assert Deadline(0.0, 1.0).limit(now=0.5, reserve_s=0.0, later_s=0.6) == 0.0
+def test_after_the_deadline_nothing_is_left():
+    assert Deadline(0.0, 1.0).limit(now=1.5, reserve_s=0.0) == 0.0
 
 
-def test_the_reserve_is_kept_back_from_every_stage():
+def test_the_reserve_is_kept_back():
     assert Deadline(0.0, 1.0).limit(now=0.2, reserve_s=0.1) == pytest.approx(1 - 0.1 - 0.2)
-    assert Deadline(0.0, 1.0).limit(now=0.2, reserve_s=0.1, later_s=0.3) == pytest.approx(1 - 0.1 - 0.2 - 0.3)
 
 
 def test_the_reserve_takes_no_more_than_three_tenths_of_a_short_timeout():

@@ -141,6 +141,19 @@ async def test_above_the_floor_nobody_is_refused_below_the_hard_limit(gate):
     await go(*await fill(gate, 100))
 
 
+async def test_who_is_begun_while_many_are_in_flight_is_narrowed_by_their_number(gate):
+    gate.quality, gate.admission.most = Quality(at=math.inf), 20.0
+    assert gate.quality_now() == 1.0
+    callers = [*await fill(gate, 9)]  # eight others: halfway between three and five tenths of 20
+    assert gate.quality_now() == pytest.approx((1 + FLOOR) / 2)
+    gate.quality = Quality(0.3, at=math.inf)  # the smaller holds
+    assert gate.quality_now() == pytest.approx(0.3)
+    for caller in callers:
+        caller.leave.set()
+        await caller.task
+    assert gate.quality.value == pytest.approx(0.3)
+
+
 async def test_what_the_full_widths_would_have_taken_counts_against_quality(gate):
     gate.quality = Quality()
     gate.finished(0.0, 0.4 * SLA_S, extra_s=0.4 * SLA_S)

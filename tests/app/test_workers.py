@@ -439,6 +439,18 @@ async def test_re_ranking_that_takes_one_worker_too_long_is_shared(generation, s
     await pool.close()
 
 
+async def test_a_request_that_waited_is_narrowed_by_what_waits_when_it_is_begun(generation):
+    pool = Watched(generation, 1)
+    await pool.start()
+    funnel = running(pool, generation)
+    pool.quality_now = lambda: 1.0 if len(pool.queue) > 0 else 0.5  # asked of the second when nobody is behind it
+    waits = [asyncio.create_task(rank(funnel, {"user": {"id": "cho"}})) for _ in range(3)]
+    done = [(await told).reports[Stage.RERANKING].done for told in waits]
+    whole = generation.manifest.funnel.rerank
+    assert done == [whole // 2, whole, whole // 2]  # the first was begun before the others came
+    await pool.close()
+
+
 async def test_the_request_of_a_dying_worker_is_ranked_by_another(generation):
     pool = Watched(generation, 2)
     await pool.start()
