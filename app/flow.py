@@ -253,7 +253,7 @@ class RequestScope:
 
     Widths in candidates: retrieve_width is asked of retrieval, keep go on from pre-ranking, rerank_width
     of those are scored by re-ranking; `width` is what the stage that runs now is given of its own.
-    quality: the share of its widths that the load leaves it; pre-ranking has all that retrieval found at its own.
+    quality: what its widths are multiplied by under load, by the powers in control/quality.py.
     extra_s: what the widths that were not run would have taken, without pre-ranking of what retrieval wasn't to find;
     infinite once time was short.
     is_late: the time of the stages that run now is over, and substitutes take their places.

@@ -25,6 +25,7 @@ from app.control.costs import Estimate
 from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
+from app.control.quality import POWERS
 from app.errors import ContractError, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Sent, Stage, StageReport, Told
 from app.settings import Limits
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # Of the time left, for what comes after retrieval or pre-ranking. No more: of the full funnel's NDCG@20 an answer on W1
 # loses .09 with a quarter re-ranked, but .44 with a quarter retrieved or none pre-ranked, and all with popular items.
-LATER_SHARE = 0.25
+LATER_SHARE = {Stage.RETRIEVAL: 0.25, Stage.PRERANKING: 0.25, Stage.RERANKING: 0.0}
 # Of the time left, for what takes the place of a search that hangs; and of that, to look up who asks. Where this is
 # less than so many seconds it isn't begun: a look-up that is given up goes on in its thread, and delays what comes
 # after it.
@@ -149,8 +150,8 @@ class Funnel:
 
     def seconds(self, quality: float) -> float:
         """What a request is expected to take at this quality where all workers are busy."""
-        n, n_workers = int(quality * self.generation.manifest.funnel.rerank), max(self.reranking.scorer.n_workers, 1)
-        return self.narrow_s(quality) / n_workers + self.reranking.cost.seconds(n)
+        n = int(quality ** POWERS[Stage.RERANKING] * self.generation.manifest.funnel.rerank)
+        return self.narrow_s(quality) / max(self.reranking.scorer.n_workers, 1) + self.reranking.cost.seconds(n)
 
     def narrow_s(self, quality: float) -> float:
         """What the first half is expected to take."""
@@ -171,13 +172,11 @@ class Funnel:
     async def run(self, stage: FunnelStage[Given, Output], scope: RequestScope, query: Query, given: Given) -> Output:
         """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
         started, fault, wanted = time.monotonic(), None, stage.wanted(scope, query, given)
-        share = 1.0 if stage is self.reranking else 1 - LATER_SHARE
-        until = started + (budget_s := share * scope.deadline.limit(started, self.reserve_s))
+        budget_s = scope.deadline.limit(started, self.reserve_s) * (1 - LATER_SHARE[stage.stage])
+        left, fits, until = scope.quality ** POWERS[stage.stage], stage.cost.fits(budget_s), started + budget_s
         # Of those that are searched for; the caller's own are all kept.
         least = 0 if stage is not self.retrieval else scope.keep if query.candidates is None else wanted
-        # Pre-ranking gets what retrieval, narrowed, has found, or popular items: less of that saves little, loses much.
-        quality = 1.0 if stage is self.preranking and query.candidates is None else scope.quality
-        scope.width, narrowing = narrowed(wanted, quality, stage.cost.fits(budget_s), least)
+        scope.width, narrowing = narrowed(wanted, left, fits, least)
         try:
             if scope.is_late or (wanted and not scope.width):
                 raise TimeoutError

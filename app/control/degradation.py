@@ -20,12 +20,14 @@ ALL_REASONS = (*REASONS.values(), BY_TIME, BY_LOAD)
 USER_LATE = Degradation(Stage.RETRIEVAL, "user_late", "what the request says of the person")
 
 
-def narrowed(wanted: int, quality: float, fits: int, least: int = 0) -> tuple[int, str | None]:
+def narrowed(wanted: int, share: float, fits: int, least: int = 0) -> tuple[int, str | None]:
     """The width that a stage is given, and why it is less than wanted.
 
-    width = min(wanted, max(least, min(ceil(wanted · quality), fits)))
+    width = min(wanted, max(least, min(ceil(wanted · share), fits)))
+
+    share: what the load leaves of it.
     """
-    by_load = ceil(wanted * quality)
+    by_load = ceil(wanted * share)
     width = min(wanted, max(least, min(by_load, fits)))
     if width >= wanted:
         return width, None

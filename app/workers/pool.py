@@ -26,6 +26,7 @@ from app.bundle import Generation
 from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
+from app.control.quality import POWERS
 from app.errors import InvalidRequest, ServerError, StageFailed, require
 from app.flow import Outcome, Sent, Stage, Told
 from app.metrics import Metrics
@@ -177,7 +178,7 @@ class WorkerPool:
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
         widths, ends_at = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s
-        n = quality * (sent.rerank_count or widths.rerank)
+        n = quality ** POWERS[Stage.RERANKING] * (sent.rerank_count or widths.rerank)
         alone_s, saved_s = self.cost.seconds(n), self.cost.seconds(n) - self.seconds(n)
         all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
         is_slow = alone_s > ALONE * self.given.sla_s or (all_s > ends_at - time.monotonic() and saved_s > SAVED_S)

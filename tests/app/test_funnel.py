@@ -323,7 +323,7 @@ async def test_what_a_request_takes_follows_its_quality_and_what_is_side_by_side
     funnel.retrieval.cost, funnel.preranking.cost = Cost(1e-3, 1e-5), Cost(0.0, 1e-5)
     funnel.reranking.cost, scorer = Cost(2e-3, 1e-4), funnel.reranking.scorer
     widths = funnel.generation.manifest.funnel
-    retrieve, rerank = max(widths.retrieve // 2, widths.rerank), widths.rerank // 2
+    retrieve, rerank = max(widths.retrieve // 2, widths.rerank), widths.rerank // 4
     one, all_on_one = funnel.seconds(0.5), funnel.seconds(1.0)
     scorer.n_workers = 2
     assert funnel.seconds(0.5) == pytest.approx((1e-3 + 2e-5 * retrieve) / 2 + 2e-3 + 1e-4 * rerank)
@@ -331,15 +331,14 @@ async def test_what_a_request_takes_follows_its_quality_and_what_is_side_by_side
 
 
 @pytest.mark.parametrize("sent", [{}, {"candidates": ids(*range(20))}], ids=["found by search", "the caller's"])
-async def test_what_retrieval_narrowed_is_pre_ranked_whole(funnel, ask, sent):
+async def test_under_load_retrieval_and_re_ranking_are_narrowed_and_what_was_found_is_pre_ranked(funnel, ask, sent):
     query, deadline, widths = ask(**sent), Deadline(time.monotonic(), 60.0), funnel.generation.manifest.funnel
-    _, scope, _ = await funnel.narrow(lambda **_: query, deadline, 0.5)
-    retrieved, preranked = scope.reports
-    if sent:  # all are kept, so it is here that they are narrowed
-        assert (retrieved.done, preranked.done) == (20, 10)
-    else:
-        assert retrieved.done == max(widths.retrieve // 2, widths.rerank, widths.k) < widths.retrieve
-        assert preranked.done == preranked.wanted == retrieved.done
+    narrowed = await funnel.narrow(lambda **_: query, deadline, 0.5)
+    _, ranking = await funnel.finish(*narrowed)
+    retrieved, preranked, reranked, _ = ranking.reports
+    found = 20 if sent else max(widths.retrieve // 2, widths.rerank, widths.k)
+    assert retrieved.done == preranked.done == preranked.wanted == found < widths.retrieve
+    assert reranked.done == min(found, widths.rerank) // 4
 
 
 async def test_a_stage_may_take_what_is_left_but_a_quarter_for_those_that_follow(funnel, ask):

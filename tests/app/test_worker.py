@@ -196,7 +196,7 @@ def test_a_request_runs_at_the_quality_that_it_is_given(child):
     send_request(child, {"user": {"id": "ann"}}, quality=0.5)
     told = child.receive()[1]
     report = told.reports[Stage.RERANKING]
-    assert report.done == report.wanted / 2
+    assert report.done == report.wanted / 4
     assert told.degradations[-1].reason == "narrowed_by_load"
     assert 0 < told.extra_s < np.inf
 
