@@ -27,8 +27,6 @@ tenth re-ranked; below it the agreement with the full funnel falls faster than t
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from app.flow import Stage
 
 FLOOR = 0.3
@@ -41,7 +39,8 @@ RECOVERY_PER_S = (1 - FLOOR) / 1.8  # two seconds after the load went, with what
 
 def at_depth(share: float) -> float:
     """The most that quality may be for a request that is begun while others, this share of the most, are in flight."""
-    return float(np.interp(share, DEEP, (1.0, FLOOR)))
+    few, many = DEEP
+    return 1 - (1 - FLOOR) * min(1.0, max(0.0, (share - few) / (many - few)))
 
 
 @dataclass(slots=True)
