@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.errors import require
 from app.flow import F32, Array, Arrays, Candidates, Person, Rows
 from app.settings import Limits
 
@@ -71,8 +72,7 @@ class FieldSpec(Strict):
     def _fits(self) -> "FieldSpec":
         if np.prod(self.shape, dtype=np.float64) > Limits.FEATURE_LENGTH:
             raise ValueError(f"`shape` {self.shape} has more than {Limits.FEATURE_LENGTH} numbers")
-        if not self.holds(self.default):
-            raise ValueError(f"`default` {self.default:g} is no {self.dtype}")
+        require(self.holds(self.default), f"`default` {self.default:g} is no {self.dtype}", ValueError)
         return self
 
     def holds(self, values: Any) -> bool:
@@ -238,8 +238,7 @@ def _named(name: str, given: Inputs, similarity: dict[str, F32]) -> Any:
         return given.person.fields[name].reshape(())
     if kind == "history_log_count":
         return np.log1p(len(given.person.history))
-    if kind not in HISTORY_FEATURES or argument not in given.tables:
-        raise KeyError(f"no feature named {name}")
+    require(kind in HISTORY_FEATURES and argument in given.tables, f"no feature named {name}", KeyError)
     return _of_history(kind, argument, given, similarity) if len(given.person.history) else 0.0
 
 
@@ -247,8 +246,7 @@ def _of_history(kind: str, table: str, given: Inputs, similarity: dict[str, F32]
     """similarity: f32[n, h] by table, inner products with the last items of the history, newest first; kept here."""
     values, rows, newest = given.tables[table], given.candidates.rows, given.person.history[::-1][:HISTORY_READ]
     if kind == "history_overlap":
-        if values.dtype.kind == "f":
-            raise KeyError(f"{table} holds no categories")
+        require(values.dtype.kind != "f", f"{table} holds no categories", KeyError)
         return _overlap(values.reshape(len(values), -1)[rows], values[newest])
     if kind == "history_gap":
         return np.abs(np.asarray(values[rows], np.float32) - np.asarray(values[newest], np.float32).mean())

@@ -41,6 +41,9 @@ LATER_SHARE = {Stage.RETRIEVAL: 0.25, Stage.PRERANKING: 0.25, Stage.RERANKING: 0
 # less than so many seconds it isn't begun: a look-up that is given up goes on in its thread, and delays what comes
 # after it.
 LATE_SHARE, LATE_S = 0.3, 1e-3
+# A search is begun where it is expected to be over in time; or where so much of the timeout is left, however dear it is
+# thought to be: nobody would learn that it isn't. What is left besides is not all for waiting: answers have a way back.
+TRIED_SHARE, WAIT_SHARE = 1 / 3, 0.9
 MOST_POPULAR = 10_000  # that the loop ranks itself: 0.6 ms with a small request (W1, AVX-512, 2026-11)
 
 Given = TypeVar("Given", contravariant=True)
@@ -73,7 +76,7 @@ class Runner(Protocol):
     """Processes that take a request its whole way."""
 
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
-        """The answer. Raises what resolving the request raises; StageFailed, after which it is not too late for others.
+        """The answer. Raises what resolving the request raises; StageFailed, after which others may do the work.
 
         It fails where nobody has begun by the instant `until`, and where several workers had better share the work.
         """
@@ -106,7 +109,8 @@ class Funnel:
             left_s = deadline.limit(now := time.monotonic(), self.reserve_s)
             with suppress(StageFailed, TimeoutError):
                 async with asyncio.timeout(left_s):
-                    return await self.runner.rank(sent, deadline, quality, now + left_s - self.narrow_s(quality))
+                    until = now + WAIT_SHARE * (left_s - self.narrow_s(quality, deadline.timeout_s))
+                    return await self.runner.rank(sent, deadline, quality, until)
         is_small = len(self.generation.popular) <= MOST_POPULAR
         is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
         return await self.finish(*await self._narrowed(resolve, deadline, quality, is_small=is_small))
@@ -137,7 +141,7 @@ class Funnel:
         """
         narrow = partial(self.narrow, resolve, deadline, quality)
         search_s = (1 - LATE_SHARE) * deadline.limit(time.monotonic(), self.reserve_s)
-        if search_s > self.narrow_s(quality):
+        if search_s > self.narrow_s(quality, deadline.timeout_s):
             with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
                 async with asyncio.timeout(search_s):
                     return await asyncio.to_thread(outcome_of, narrow)
@@ -153,11 +157,11 @@ class Funnel:
         n = int(quality ** POWERS[Stage.RERANKING] * self.generation.manifest.funnel.rerank)
         return self.narrow_s(quality) / max(self.reranking.scorer.n_workers, 1) + self.reranking.cost.seconds(n)
 
-    def narrow_s(self, quality: float) -> float:
-        """What the first half is expected to take."""
+    def narrow_s(self, quality: float, timeout_s: float = math.inf) -> float:
+        """What the first half is expected to take, or what it is tried in."""
         widths = self.generation.manifest.funnel
         n = max(int(quality * widths.retrieve), widths.rerank)
-        return self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n)
+        return min(self.retrieval.cost.seconds(n) + self.preranking.cost.seconds(n), TRIED_SHARE * timeout_s)
 
     def open_scope(self, query: Query, deadline: Deadline, quality: float = 1.0) -> RequestScope:
         """Pin the generation and the widths. `keep` is never under k, so that an answer is never short."""
@@ -173,10 +177,10 @@ class Funnel:
         """One stage at the width that fits its budget: its output, or what takes its place; checked and reported."""
         started, fault, wanted = time.monotonic(), None, stage.wanted(scope, query, given)
         budget_s = scope.deadline.limit(started, self.reserve_s) * (1 - LATER_SHARE[stage.stage])
-        left, fits, until = scope.quality ** POWERS[stage.stage], stage.cost.fits(budget_s), started + budget_s
-        # Of those that are searched for; the caller's own are all kept.
+        share, fits, until = scope.quality ** POWERS[stage.stage], stage.cost.fits(budget_s), started + budget_s
+        # Retrieval finds no fewer than go on; the caller's own are all kept.
         least = 0 if stage is not self.retrieval else scope.keep if query.candidates is None else wanted
-        scope.width, narrowing = narrowed(wanted, left, fits, least)
+        scope.width, narrowing = narrowed(wanted, share, fits, least)
         try:
             if scope.is_late or (wanted and not scope.width):
                 raise TimeoutError

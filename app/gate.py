@@ -36,7 +36,9 @@ class Gate:
         self.most, self.sla_s = most, sla_s
         self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
-        self.inflight = self.coming = 0  # these have found room, and will ask for a permit in a moment
+        self.n_workers = 1
+        # Those that are coming have found room, and will ask for a permit in a moment.
+        self.inflight = self.coming = 0
         # With its priority; the highest first, and of one priority the oldest.
         self.waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._is_idle = asyncio.Event()
@@ -69,8 +71,8 @@ class Gate:
             self._let_in()
 
     def quality_now(self) -> float:
-        """What the widths of a request that is let in now are multiplied by."""
-        return min(self.quality.now(time.monotonic()), at_depth((self.inflight - 1) / self.admission.most))
+        """The quality of a request that comes, or is begun, now."""
+        return min(self.quality.now(time.monotonic()), at_depth((self.inflight - self.n_workers) / self.admission.most))
 
     def has_room(self) -> bool:
         """Whether a request of normal priority could get a permit now, or is answered otherwise."""
@@ -81,9 +83,9 @@ class Gate:
         self.quality.finished(time.monotonic(), is_in_time=False)
         return CapacityError(f"{self.inflight} requests are in flight; no permit for this priority")
 
-    def expects(self, floor_s: float) -> None:
+    def expects(self, floor_s: float, n_workers: int) -> None:
         """What stages and workers take for a request at quality's floor; more than fit an SLA are never let in."""
-        self.admission.most = min(self.most, most_in_time(self.sla_s, floor_s))
+        self.n_workers, self.admission.most = max(n_workers, 1), min(self.most, most_in_time(self.sla_s, floor_s))
 
     def finished(self, began_at: float, latency_s: float, extra_s: float) -> None:
         """A request of the service's own SLA ended; extra_s: what its full widths would have taken on top.

@@ -112,7 +112,7 @@ class Metrics:
         self.lost.labels(USER_LATE.stage.label, USER_LATE.reason)
         self.inflight = add(Gauge, "inflight", "Requests that hold a permit.")
         self.admission_limit = add(Gauge, "admission_limit", "Permits there are.")
-        self.quality = add(Gauge, "quality", "Share of its configured width the funnel runs at.")
+        self.quality = add(Gauge, "quality", "Factor on retrieval's width, and squared on re-ranking's.")
         self.coverage = count("coverage_ratio", "Share of the wanted that was re-ranked.", SHARES).labels()
         self.restarts = add(Counter, "worker_restarts", "Workers that ended and were replaced.")
         # What every request counts, looked up once.

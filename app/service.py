@@ -76,7 +76,7 @@ class Service:
         generation = await asyncio.to_thread(load, self.settings.bundle)
         await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
         self.held["serving"] = opened = await self._open(generation)
-        self.gate.expects(opened.funnel.seconds(FLOOR))
+        self.gate.expects(opened.funnel.seconds(FLOOR), opened.pool.n_workers)
         self.gate.phase = Phase.SERVING
         log.info("serving %s, %d items, %d workers", generation.name, generation.n_items, opened.pool.n_workers)
         log.info("ready after %.1f s", time.monotonic() - started)
@@ -144,6 +144,7 @@ class Service:
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
+        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR), self.held["serving"].pool.n_workers)
         log.info("serving %s", self.held["serving"].generation.name)
 
     async def change_items(self, asked: wire.ItemsRequest) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class Service:
                 stages = {r.stage.label: r.seconds for r in told.reports}
                 if deadline.timeout_s >= self.gate.sla_s:
                     self.gate.finished(started, time.monotonic() - complete_at, told.extra_s)
-                self.gate.expects(serving.funnel.seconds(FLOOR))
+                self.gate.expects(serving.funnel.seconds(FLOOR), serving.pool.n_workers)
                 self.metrics.ranked(told)
                 return told, {"queue": took_s - worked_s, "users": worked_s - sum(stages.values())} | stages
             finally:

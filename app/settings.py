@@ -55,7 +55,7 @@ class Settings(BaseModel):
     spares: int = tunable(1, "warm processes that take over when a worker dies", low=0, high=16)
     sla_ms: float = tunable(100.0, "a request's time unless it names its own", low=1, high=Limits.TIMEOUT_MS)
     reply_reserve_ms: float = tunable(8.0, "kept for the answer, which may wait for the event loop", low=0, high=1e3)
-    max_inflight: int = tunable(256, "most requests in the funnel; admission finds the fewer", low=1, high=10_000)
+    max_inflight: int = tunable(256, "most requests in the funnel; from 3 tenths on it narrows", low=1, high=10_000)
     receive_s: float = tunable(5.0, "time for a client to send a request; slower ones are cut off", low=0.1, high=600)
     drain_s: float = tunable(10.0, "how long a stop waits for requests in flight", low=0, high=600)
     # So that clients close their idle connections themselves.

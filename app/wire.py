@@ -118,8 +118,7 @@ class ItemsRequest(Wire):
     @model_validator(mode="after")
     def _each_once(self) -> "ItemsRequest":
         ids = [*self.remove, *(item.id for item in self.add)]
-        if len(set(ids)) < len(ids) or not ids:
-            raise ValueError("something to add or to remove, each id once")
+        require(0 < len(ids) == len(set(ids)), "something to add or to remove, each id once", ValueError)
         return self
 
 

@@ -16,7 +16,7 @@ LOWEST = 4.0  # permits: below it the cores idle between two requests
 STEEPEST = 0.5  # share of the permits that one slow request leaves at least
 COMFORT = 0.4  # of the SLA: the rest is for what varies, so that 99 of 100 that are let in are in time
 IN_LOOP_S = 2e-3  # that a request takes the event loop: parsing, handing out shards, the answer
-SLACK = 1.6  # times what is in time at the floor: quality has not yet reached it when a burst comes
+SLACK = 1.6  # times what is in time at the floor, since in the loop most take less than that
 PRIORITY_SHARE = {"low": 0.5, "normal": 0.9, "high": 1.0}
 
 

@@ -10,12 +10,13 @@ traffic time alone brings q from its floor back to 1 within two seconds.
 
     p = 0.99, step = 0.001: after 10 in time and 1 late within a moment, q = 1 - 0.099 (the rise stops at 1)
 
-It hears of a load only from what has ended late, and swings. So a request that is begun while many others are in flight
-is narrowed by their number as well, which holds the queue where it is:
+It hears of a load only from what has ended late, and swings. So a request is narrowed by how many others wait as well,
+as it comes and again as it is begun, which holds the queue where it is:
 
-    q <= 1 - (1 - floor) · (n / most - a) / (b - a)     for n from a · most to b · most others
+    q <= 1 - (1 - floor) · (n / most - a) / (b - a)     for n from a · most to b · most
 
-most: the number beyond which no answer in time can be hoped for (control/admission.py).
+n: in flight beyond what workers can have at once. most: beyond which no answer in time can be hoped for
+(control/admission.py).
 
 Widths are multiplied by powers of q. Re-ranking costs most by the item and its last items matter least: on W1 half of
 what is retrieved loses .24 of the full funnel's NDCG@20 and saves 0.3 ms, half of what is re-ranked .03 and 0.5 ms. So
@@ -33,14 +34,13 @@ FLOOR = 0.3
 POWERS = {Stage.RETRIEVAL: 1, Stage.PRERANKING: 0, Stage.RERANKING: 2}
 STEP = 0.001
 PERCENTILE = 0.99
-DEEP = (0.3, 0.5)  # a and b: so far below where admission refuses that a burst finds room
+FEW, MANY = 0.3, 0.5  # a and b: so far below where admission refuses that a burst finds room
 RECOVERY_PER_S = (1 - FLOOR) / 1.8  # two seconds after the load went, with what is still in flight then
 
 
 def at_depth(share: float) -> float:
-    """The most that quality may be for a request that is begun while others, this share of the most, are in flight."""
-    few, many = DEEP
-    return 1 - (1 - FLOOR) * min(1.0, max(0.0, (share - few) / (many - few)))
+    """The most that quality may be for a request beside which so many are in flight, a share of the most."""
+    return 1 - (1 - FLOOR) * min(1.0, max(0.0, (share - FEW) / (MANY - FEW)))
 
 
 @dataclass(slots=True)

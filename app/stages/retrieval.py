@@ -15,7 +15,7 @@ import numpy as np
 
 from app.bundle import NO_ROW, Generation, run_model
 from app.control.costs import Cost
-from app.errors import StageFailed
+from app.errors import StageFailed, require
 from app.features import request_inputs
 from app.flow import (
     F32,
@@ -86,8 +86,8 @@ class Retrieval:
         """The user tower's output, f32[d]."""
         feeds = request_inputs(self.generation.manifest.features.user_tower, self.generation.tables, query.person)
         user = np.asarray(run_model(self.generation.user_tower, feeds), np.float32).reshape(-1)
-        if user.shape != (self.generation.d,) or not np.isfinite(user).all():
-            raise StageFailed("the user tower's output is not a finite embedding")
+        is_embedding = user.shape == (self.generation.d,) and bool(np.isfinite(user).all())
+        require(is_embedding, "the user tower's output is not a finite embedding", StageFailed)
         return user
 
     def _candidates(self, rows: Rows, scores: Scores, origin: Origin, user: F32) -> Candidates:

@@ -178,17 +178,17 @@ class WorkerPool:
     async def rank(self, sent: Sent, deadline: Deadline, quality: float, until: float) -> Told:
         """See Runner."""
         widths, ends_at = self.generation.manifest.funnel, deadline.started_at + deadline.timeout_s
+        in_s = deadline.limit(time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
         n = quality ** POWERS[Stage.RERANKING] * (sent.rerank_count or widths.rerank)
         alone_s, saved_s = self.cost.seconds(n), self.cost.seconds(n) - self.seconds(n)
         all_s = alone_s + sum(cost.seconds(quality * widths.retrieve) for cost in self.given.costs)
-        is_slow = alone_s > ALONE * self.given.sla_s or (all_s > ends_at - time.monotonic() and saved_s > SAVED_S)
+        is_slow = alone_s > ALONE * self.given.sla_s or (all_s > in_s and saved_s > SAVED_S)
         require(bool(self.ready) and not (is_slow and saved_s), "for several workers, or for none", StageFailed)
 
         def says(_: int) -> object:
             return Asked(sent, ends_at - time.monotonic(), deadline.timeout_s, min(quality, self.quality_now()))
 
         job = self._take(Kind.RANK, max(1, self.cost.fits(all_s)), until, says, lambda *_: None)
-        in_s = deadline.limit(time.monotonic(), self.given.reserve_s) - min(WAY_BACK_S, 0.1 * deadline.timeout_s)
         loop = asyncio.get_running_loop()
         timers = loop.call_later(in_s, self._stop, job), loop.call_at(until, self._is_overdue, job)
         try:

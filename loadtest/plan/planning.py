@@ -4,7 +4,8 @@ Requests are spread over machines at random, so each sees Poisson arrivals of it
 others are like it. More than one machine was never measured here, and a plan says so.
 
 The highest rate is where p99 leaves the SLA or, before that, coverage falls under .99, as full quality ends: a request
-that takes 0.85 of the SLA makes the service narrow its funnel for those who come after (recipe.py's `coverage`).
+that takes 0.85 of the SLA makes the service narrow its funnel for those who come after, and one beside which many wait
+is narrowed itself (recipe.py's `coverage`).
 Intervals come from the speeds that the calibration met (their 10th and 90th percentile), two seeds, and, for another
 catalogue, the interval of the exponent.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from loadtest.plan.calibration import Calibration, Configuration
 from loadtest.plan.costs import Exponent, Line
-from loadtest.plan.recipe import Model, coverage, model
+from loadtest.plan.recipe import Model, model
 
 REQUESTS = 4_000  # simulated for a yes or no
 EXPECTED_REQUESTS = 8_000  # for a figure that is shown
@@ -136,7 +137,8 @@ def highest_rate(one: Model, requests: int, run_s: float = math.inf, tries: int 
     def holds(rate: float) -> bool:
         runs = max(1, math.ceil(requests / rate / run_s))
         seen = (one.at(rate, min(run_s, requests / rate), seed) for seed in range(runs))
-        met = [coverage(run, one.narrows_at_s) if run.percentile_s(99) <= sla_s else 0.0 for run in seen]
+        here = replace(one, warm=one.factor(rate))
+        met = [here.coverage(run) if run.percentile_s(99) <= sla_s else 0.0 for run in seen]
         return bool(np.quantile(met, 1 - share) >= LEAST_COVERAGE)
 
     high = one.bound

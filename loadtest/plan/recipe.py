@@ -26,8 +26,10 @@ FAN_OUT_S = 1e-3
 FREED = 0.2  # of what an answer takes the loop, before its worker is given the next request: assumed, not measured
 LOOP, THREADS, WORKERS, CLIENT = range(4)
 MOST_REQUESTS = 40_000  # of a simulation
-STEP, PERCENTILE, FLOOR = 0.001, 0.99, 0.2  # of the service's rule for quality, as what follows
+STEP, PERCENTILE, FLOOR = 0.001, 0.99, 0.3  # of the service's rule for quality, as what follows
 RECOVERY_PER_S = (1 - FLOOR) / 1.8
+FEW, MANY, POWER = 0.3, 0.5, 2  # the last of re-ranking's width, which coverage is a share of
+LOWEST, SLACK, IN_LOOP_S, MAX_INFLIGHT = 4.0, 1.6, 2e-3, 256  # of the service's rule for how many may be in flight
 STALLS = 0.9  # quantile of a shape beyond which it is the machine that stalled, and not the request that is larger
 
 
@@ -119,6 +121,30 @@ class Model:
         """The latency from which on the service narrows."""
         return NARROWS_AT * self.configuration.sla_s
 
+    @property
+    def most(self) -> float:
+        """In flight, beyond which the service hopes for no answer in time: its rule, on the means of what work takes.
+
+        The service goes by the 80th percentile of what it meets, so its number is smaller.
+        """
+        d, c = self.demand, self.configuration
+        n = max(int(FLOOR * c.retrieve), c.rerank)
+        floor_s = (d.retrieval(n) + d.preranking(n)) / c.workers + d.shard(int(FLOOR**POWER * c.rerank) / c.workers)
+        in_time = SLACK * c.sla_s / (IN_LOOP_S + self.scale * self.warm * floor_s)
+        return min(MAX_INFLIGHT, max(LOWEST, in_time))
+
+    def coverage(self, seen: Simulated) -> float:
+        """Of these requests at full widths: the mean share that the service would have re-ranked.
+
+        It narrows a request by who waits as it comes and, if one worker takes it whole, as it is begun.
+        """
+        waiting = in_flight(seen, seen.arrived_s)
+        if not self.is_shared(self.configuration):
+            alone_s = sum(self.means().values())
+            begun = np.maximum(seen.arrived_s + seen.latency_s - alone_s, seen.arrived_s)
+            waiting = np.maximum(waiting, in_flight(seen, begun))
+        return coverage(seen, self.narrows_at_s, (waiting - self.configuration.workers) / self.most)
+
     def at(self, rate: float, seconds: float, seed: int = 0) -> Simulated:
         """What Poisson arrivals of this rate meet for so long; never more than 40,000 requests of it."""
         rng = np.random.default_rng([seed, 7])
@@ -157,12 +183,23 @@ class Model:
         return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
 
-def coverage(seen: Simulated, narrows_at_s: float) -> float:
-    """Mean share of its widths that the service would have run at: its rule for quality, on these latencies.
+def in_flight(seen: Simulated, at: Floats) -> Floats:
+    """How many requests are in flight at these instants; who comes is, who ends isn't any more."""
+    ended = np.sort(seen.arrived_s + seen.latency_s)
+    come, gone = (np.searchsorted(instants, at, side="right") for instants in (seen.arrived_s, ended))
+    return np.asarray(come - gone, np.float64)
 
-    Who takes longer makes it narrow those who come after, for as long as quality takes to recover; that they would be
-    done the sooner isn't simulated, and matters little where hardly any are narrowed.
+
+def coverage(seen: Simulated, narrows_at_s: float, depths: Floats) -> float:
+    """Mean share of its width that re-ranking would have run at: the service's rules for quality, on these latencies.
+
+    Who takes longer makes it narrow those who come after, for as long as quality takes to recover; where many wait, each
+    is narrowed as well. That they would be done the sooner isn't simulated, and matters little where hardly any are
+    narrowed.
+
+    depths: how many wait beside each, over the most, f64[n].
     """
+    by_depth = (1 - (1 - FLOOR) * np.clip((depths - FEW) / (MANY - FEW), 0.0, 1.0)).tolist()
     ended = seen.arrived_s + seen.latency_s
     order = np.argsort(ended, kind="stable")
     changes = np.where(seen.latency_s[order] <= narrows_at_s, STEP, -STEP * PERCENTILE / (1 - PERCENTILE))
@@ -170,11 +207,11 @@ def coverage(seen: Simulated, narrows_at_s: float) -> float:
     following = 0
     for instant, change in zip(ended[order].tolist(), changes.tolist(), strict=True):
         while following < len(arrivals) and arrivals[following] < instant:
-            met += min(1.0, quality + RECOVERY_PER_S * (arrivals[following] - at))
+            met += min(by_depth[following], quality + RECOVERY_PER_S * (arrivals[following] - at)) ** POWER
             following += 1
         quality = min(1.0, max(FLOOR, min(1.0, quality + RECOVERY_PER_S * (instant - at)) + change))
         at = instant
-    return (met + len(arrivals) - following) / len(arrivals)
+    return (met + sum(share**POWER for share in by_depth[following:])) / len(arrivals)
 
 
 def _narrow(means: dict[str, float]) -> float:

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -365,11 +366,22 @@ async def test_the_runner_may_begin_as_long_as_the_first_half_fits(generation, f
             return "told"
 
     funnel.runner, widths = Runner(), generation.manifest.funnel
-    funnel.retrieval.cost = funnel.preranking.cost = Cost(1e-3, 1e-3)
-    deadline = Deadline(time.monotonic(), 60.0)
-    assert await funnel.rank(lambda **_: None, deadline, 0.5, Sent("sent", b"{}", None)) == "told"
     n = max(widths.retrieve // 2, widths.rerank)
-    assert begun_until == pytest.approx([deadline.started_at + 60 - 2 * (1e-3 + 1e-3 * n)])
+    deadline = Deadline(time.monotonic(), 60.0)
+    for expected_s, waits_s in ((6.0, 0.9 * 54), (600.0, 0.9 * 40)):  # what is thought too dear is tried in a third
+        funnel.retrieval.cost = funnel.preranking.cost = Cost(0.0, expected_s / 2 / n)
+        assert await funnel.rank(lambda **_: None, deadline, 0.5, Sent("sent", b"{}", None)) == "told"
+        assert begun_until.pop() - deadline.started_at == pytest.approx(waits_s, abs=1.0)
+
+
+async def test_a_first_half_that_was_thought_too_dear_is_tried_and_found_out(generation, funnel):
+    funnel.retrieval.cost = Cost(1e3, 1e-3)
+    resolve = partial(wire.to_query, wire.RankRequest(), "dear", generation)
+    for _ in range(3):
+        expected_s = funnel.narrow_s(1.0)
+        _, ranking = await funnel.rank(resolve, Deadline(time.monotonic(), 30.0))
+        assert ranking.reports[Stage.RETRIEVAL].done > 0
+        assert funnel.narrow_s(1.0) < expected_s
 
 
 async def test_a_person_who_was_found_stays_known_when_the_search_hangs(generation):

@@ -141,11 +141,14 @@ async def test_above_the_floor_nobody_is_refused_below_the_hard_limit(gate):
     await go(*await fill(gate, 100))
 
 
-async def test_who_is_begun_while_many_are_in_flight_is_narrowed_by_their_number(gate):
-    gate.quality, gate.admission.most = Quality(at=math.inf), 20.0
+async def test_beside_whom_many_wait_is_narrowed_by_their_number(gate):
+    gate.quality, gate.admission.most, gate.n_workers = Quality(at=math.inf), 20.0, 3
     assert gate.quality_now() == 1.0
-    callers = [*await fill(gate, 9)]  # eight others: halfway between three and five tenths of 20
+    callers = await fill(gate, 11)  # eight wait: halfway between three and five tenths of 20
     assert gate.quality_now() == pytest.approx((1 + FLOOR) / 2)
+    gate.n_workers = 8  # they would be at work
+    assert gate.quality_now() == 1.0
+    gate.n_workers = 3
     gate.quality = Quality(0.3, at=math.inf)  # the smaller holds
     assert gate.quality_now() == pytest.approx(0.3)
     for caller in callers:
@@ -179,10 +182,10 @@ async def test_a_slow_request_in_quiet_times_takes_no_permits(gate):
 
 async def test_more_than_an_sla_holds_at_the_floor_are_not_let_in_at_any_quality(gate):
     gate.quality = Quality()
-    gate.expects(floor_s=SLA_S)
+    gate.expects(floor_s=SLA_S, n_workers=2)
     await go(*await fill(gate, 4))
     await fill(gate, 4)
     assert not gate.has_room()
-    gate.expects(floor_s=0.0)
+    gate.expects(floor_s=0.0, n_workers=2)
     assert gate.has_room()
     assert gate.admission.most == MOST

@@ -7,7 +7,7 @@ import pytest
 from app.control.admission import COMFORT, IN_LOOP_S, LOWEST, PRIORITY_SHARE, SLACK, STEEPEST, Admission, most_in_time
 from app.control.costs import QUANTILE, STEP, Cost, fitted
 from app.control.hedging import MOST, SHARE, HedgeBudget, late_after
-from app.control.quality import DEEP, FLOOR, PERCENTILE, RECOVERY_PER_S, Quality, at_depth
+from app.control.quality import FEW, FLOOR, MANY, PERCENTILE, RECOVERY_PER_S, Quality, at_depth
 from app.control.quality import STEP as RISE
 
 PULL = RISE * PERCENTILE / (1 - PERCENTILE)
@@ -117,11 +117,9 @@ def test_it_knows_since_when_it_is_at_its_floor():
 
 
 def test_others_in_flight_narrow_whom_they_hold_up_and_only_from_a_number_on():
-    few, many = DEEP
-    assert [at_depth(share) for share in (0.0, few, (few + many) / 2, many, 5.0)] == pytest.approx(
-        [1.0, 1.0, (1 + FLOOR) / 2, FLOOR, FLOOR]
-    )
-    assert many < PRIORITY_SHARE["normal"]  # the floor comes before refusals
+    found = [at_depth(share) for share in (-0.1, FEW, (FEW + MANY) / 2, MANY, 5.0)]
+    assert found == pytest.approx([1.0, 1.0, (1 + FLOOR) / 2, FLOOR, FLOOR])
+    assert PRIORITY_SHARE["normal"] > MANY  # the floor comes before refusals
 
 
 # ----------------------------------------------------------------------------------------- admission

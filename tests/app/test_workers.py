@@ -15,6 +15,7 @@ import pytest_asyncio
 
 from app import wire
 from app.bundle import load
+from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.errors import InvalidRequest, ServerError, StageFailed
 from app.flow import Degradation, Outcome, Sent, Stage, Told
@@ -22,7 +23,7 @@ from app.funnel import Funnel, offline_funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
 from app.workers.messages import FORMAT, Kind, read_frames
-from app.workers.pool import WorkerPool
+from app.workers.pool import SAVED_S, WorkerPool
 from app.workers.scoring import Shard
 from app.workers.worker import Given
 from tests import world
@@ -448,6 +449,18 @@ async def test_a_request_that_waited_is_narrowed_by_what_waits_when_it_is_begun(
     done = [(await told).reports[Stage.RERANKING].done for told in waits]
     whole = generation.manifest.funnel.rerank
     assert done == [whole // 4, whole, whole // 4]  # the first was begun before the others came
+    await pool.close()
+
+
+@pytest.mark.parametrize(("saved_s", "is_shared"), [(0.9 * SAVED_S, False), (1.1 * SAVED_S, True)])
+async def test_a_hurried_request_is_shared_where_that_saves_enough(generation, saved_s, is_shared):
+    """Two workers save half of what re-ranking takes one; it has a hundredth of that."""
+    pool = Watched(generation, 2, given=Given(sla_s=60.0))
+    await pool.start()
+    pool.cost = Cost(0.0, 2 * saved_s / generation.manifest.funnel.rerank)
+    deadline, why = Deadline(time.monotonic(), saved_s / 50), "several" if is_shared else "begun|expired"
+    with pytest.raises(StageFailed, match=why):
+        await pool.rank(sent({}), deadline, 1.0, time.monotonic() - 1)
     await pool.close()
 
 

@@ -1,19 +1,24 @@
 """Who runs what: by the service's own rules; steps add up to what was measured, whoever runs them."""
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from app import gate
-from app.control import quality
-from app.control.quality import Quality
+from app.control import admission, quality
+from app.control.costs import Cost
+from app.control.quality import POWERS, Quality, at_depth
+from app.flow import Stage
+from app.funnel import Funnel
 from app.settings import Settings
 from app.stages import reranking
 from app.workers import pool
 from loadtest.plan import memory, recipe
 from loadtest.plan.calibration import Configuration
-from loadtest.plan.recipe import CLIENT, FAN_OUT_S, LOOP, THREADS, WORKERS, coverage, model
+from loadtest.plan.recipe import CLIENT, FAN_OUT_S, LOOP, THREADS, WORKERS, coverage, in_flight, model
 from loadtest.plan.simulation import Simulated
 from tests.loadtest.plan.made import BASE, CALIBRATION, MS, calibration, demand
 
@@ -27,6 +32,9 @@ def test_the_service_s_rules_are_the_service_s() -> None:
     assert recipe.NARROWS_AT == gate.AIM
     of_quality = (recipe.STEP, recipe.PERCENTILE, recipe.FLOOR, recipe.RECOVERY_PER_S)
     assert of_quality == (quality.STEP, quality.PERCENTILE, quality.FLOOR, quality.RECOVERY_PER_S)
+    assert (quality.FEW, quality.MANY, quality.POWERS[Stage.RERANKING]) == (recipe.FEW, recipe.MANY, recipe.POWER)
+    assert Settings().max_inflight == recipe.MAX_INFLIGHT
+    assert (recipe.LOWEST, recipe.SLACK, recipe.IN_LOOP_S) == (admission.LOWEST, admission.SLACK, admission.IN_LOOP_S)
     assert Settings().spares == memory.SPARES
 
 
@@ -153,16 +161,57 @@ def test_a_client_s_cpu_was_metered_under_load_and_keeps_the_cores_busy_too() ->
     assert seen.cpu_s[CLIENT] / len(seen.latency_s) == pytest.approx(client_s)
 
 
-def test_coverage_is_what_the_service_s_own_rule_makes_of_these_latencies() -> None:
+def test_who_is_in_flight() -> None:
+    """Three come at once to one worker, which takes a second each; a fourth when all is over."""
+    seen = Simulated(np.array([0.0, 0.0, 0.0, 9.0]), np.array([1.0, 2.0, 3.0, 1.0]), (), 0.0)
+    assert in_flight(seen, np.array([0.0, 0.5, 1.0, 2.5, 3.0, 9.5])).tolist() == [3, 3, 2, 1, 0, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_no_more_are_in_flight_than_the_service_lets_in(workers) -> None:
+    """By its own rule, given that work takes what it takes here."""
+
+    def cost(line) -> Cost:
+        return Cost(line(0), line(1) - line(0))
+
+    d, one = CALIBRATION.demand, model(CALIBRATION, replace(BASE, workers=workers, sla_s=0.1))
+    pooled, shards = SimpleNamespace(cost=cost(d.shard), n_workers=workers), SimpleNamespace(n_workers=workers)
+    funnel = SimpleNamespace(
+        generation=SimpleNamespace(manifest=SimpleNamespace(funnel=BASE)),
+        retrieval=SimpleNamespace(cost=cost(d.retrieval)),
+        preranking=SimpleNamespace(cost=cost(d.preranking)),
+        reranking=SimpleNamespace(
+            scorer=shards, cost=SimpleNamespace(seconds=partial(pool.WorkerPool.seconds, pooled))
+        ),
+    )
+    funnel.narrow_s = partial(Funnel.narrow_s, funnel)
+    floor_s = Funnel.seconds(funnel, quality.FLOOR)
+    assert one.most == pytest.approx(admission.most_in_time(0.1, floor_s))
+
+
+@pytest.mark.parametrize("n", [1, 12, 60, 200])
+def test_of_many_that_come_at_once_the_last_are_narrowed_by_how_many_wait_before_them(n) -> None:
+    one = model(CALIBRATION, replace(BASE, workers=2, sla_s=0.1))
+    by_rank = [at_depth((rank - 2) / one.most) ** POWERS[Stage.RERANKING] for rank in range(1, n + 1)]
+    assert (np.mean(by_rank) == 1) == (n <= 12)
+    alone_s = sum(one.means().values())  # each is begun as it comes, and ends after the last has come
+    seen = Simulated(1e-9 * np.arange(n), np.full(n, alone_s), (), 0.0)
+    assert one.coverage(seen) == pytest.approx(np.mean(by_rank))
+
+
+def test_coverage_is_what_the_service_s_own_rules_make_of_these_latencies() -> None:
     rng = np.random.default_rng(0)
     arrived, latency = np.cumsum(rng.exponential(1 / 100, 2_000)), rng.exponential(0.01, 2_000)
-    rule, met = Quality(), []
+    rule, met, depths = Quality(), [], rng.uniform(0.0, 0.8, 2_000)
     happens = sorted([(t, 0, 0.0) for t in arrived] + [(t + s, 1, s) for t, s in zip(arrived, latency, strict=True)])
     for now, is_end, took_s in happens:
         if is_end:
             rule.finished(now, is_in_time=took_s <= 0.04)
         else:
             met.append(rule.now(now))
-    assert 0.5 < np.mean(met) < 0.99
-    assert coverage(Simulated(arrived, latency, (), 0.0), 0.04) == pytest.approx(np.mean(met), abs=1e-9)
-    assert coverage(Simulated(arrived, latency, (), 0.0), 10.0) == 1
+    power, seen = POWERS[Stage.RERANKING], Simulated(arrived, latency, (), 0.0)
+    for at in (np.zeros(2_000), depths):
+        expected = np.mean([min(q, at_depth(depth)) ** power for q, depth in zip(met, at, strict=True)])
+        assert 0.2 < expected < 0.99
+        assert coverage(seen, 0.04, at) == pytest.approx(expected, abs=1e-9)
+    assert coverage(seen, 10.0, np.zeros(2_000)) == 1
