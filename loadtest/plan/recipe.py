@@ -194,8 +194,8 @@ def coverage(seen: Simulated, narrows_at_s: float, depths: Floats) -> float:
     """Mean share of its width that re-ranking would have run at: the service's rules for quality, on these latencies.
 
     Who takes longer makes it narrow those who come after, for as long as quality takes to recover; where many wait,
-    each is narrowed as well. That they would be done the sooner isn't simulated, and matters little where hardly any are
-    narrowed.
+    each is narrowed as well. That they would be done the sooner isn't simulated, and matters little where hardly any
+    are narrowed.
 
     depths: how many wait beside each, over the most, f64[n].
     """
