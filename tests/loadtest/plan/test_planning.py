@@ -86,7 +86,8 @@ def test_the_highest_rate_keeps_the_sla_and_stays_under_the_bound() -> None:
     assert one.at(rate, 2_000 / rate).percentile_s(99) <= 0.85 * 0.05
     assert highest_rate(one, 2_000) >= rate
     slow = model(CALIBRATION, one.configuration, scale=2.0)
-    assert highest_rate(slow, 2_000) == pytest.approx(rate / 2, rel=0.03)  # all of it takes twice as long
+    # All of it takes twice as long, but for what the service takes its loop for: so a few more may be in flight.
+    assert rate / 2 <= highest_rate(slow, 2_000) <= 1.1 * rate / 2
 
 
 def test_a_larger_catalogue_grows_retrieval_by_its_exponent_and_its_interval() -> None:
