@@ -7,7 +7,8 @@
 By Little's law so many requests as `inflight · share` would have had that latency cut to what is comfortable.
 
 One less request in a hundred is turned away late rather than early: what is refused is refused at once, what is let
-in is answered in time. Low priority may fill half of the permits, normal nine tenths, high all of them.
+in is answered in time. At quality's floor low priority may fill half of the permits, normal nine tenths, high all of
+them; above it whoever comes first may, since what gives way there is quality.
 """
 
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Admission:
 
     def may_enter(self, inflight: int, priority: str, *, is_at_floor: bool) -> bool:
         """Whether one more may run. Above quality's floor only the hard limit refuses."""
-        limit = self.permits if is_at_floor else self.most
-        return inflight < max(1.0, limit * PRIORITY_SHARE[priority])
+        limit = self.permits * PRIORITY_SHARE[priority] if is_at_floor else self.most
+        return inflight < max(1.0, limit)
 
     def finished(self, now: float, latency_s: float, inflight: int, *, is_at_floor: bool) -> None:
         """A request ended after so many seconds, with so many in flight (itself included)."""

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import api, metrics, wire
 from app.bundle import Ids
 from app.control.admission import PRIORITY_SHARE
-from app.control.quality import Quality
+from app.control.quality import FLOOR, Quality
 from app.errors import ContractError, InvalidRequest, StageFailed
 from app.gate import Phase
 from app.keys import read_keys
@@ -595,10 +595,14 @@ async def test_a_service_that_was_never_started_is_alive_but_not_ready(bundle):
 
 
 @pytest.mark.parametrize("priority", PRIORITY_SHARE)
-async def test_each_priority_has_its_share_of_the_permits(app, service, monkeypatch, priority):
-    permits = math.ceil(service.gate.admission.most * PRIORITY_SHARE[priority])
+@pytest.mark.parametrize("is_at_floor", [True, False])
+async def test_at_the_floor_each_priority_has_its_share_of_the_permits(
+    app, service, monkeypatch, priority, is_at_floor
+):
+    permits = math.ceil(service.gate.admission.most * (PRIORITY_SHARE[priority] if is_at_floor else 1.0))
     with monkeypatch.context() as patch:
-        patch.setattr(service.gate, "quality", Quality())  # a refusal narrows the funnel for a while
+        # A refusal narrows the funnel for a while.
+        patch.setattr(service.gate, "quality", Quality(FLOOR if is_at_floor else 1.0, at=math.inf))
         patch.setattr(service.gate, "inflight", permits - 1)
         assert (await rank(app, {"priority": priority} | PATIENT)).status == 200
         patch.setattr(service.gate, "inflight", permits)
@@ -711,8 +715,7 @@ async def test_who_found_room_counts_until_it_asks_for_its_permit(app, service, 
     scopes = [sent_to("/v1/rank") for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(service.gate, "quality", Quality())
-        # One permit is left for those of normal priority.
-        patch.setattr(service.gate, "inflight", int(service.gate.admission.most * PRIORITY_SHARE["normal"]))
+        patch.setattr(service.gate, "inflight", math.ceil(service.gate.admission.most) - 1)  # one permit is left
         assert api.refusal(service, scopes[0], b"{}") is None
         assert api.refusal(service, scopes[1], b"{}").status_code == 503
     assert service.gate.coming == 1

@@ -135,16 +135,17 @@ def test_the_bound_holds_at_the_floor_and_above_it():
     admission = Admission(most=100, sla_s=0.1)
     admission.most = 20.0
     assert admission.permits == 20.0
-    for is_at_floor in (True, False):
-        assert admission.may_enter(17, "normal", is_at_floor=is_at_floor)
-        assert not admission.may_enter(18, "normal", is_at_floor=is_at_floor)
+    for is_at_floor, n in ((True, 18), (False, 20)):
+        assert admission.may_enter(n - 1, "normal", is_at_floor=is_at_floor)
+        assert not admission.may_enter(n, "normal", is_at_floor=is_at_floor)
 
 
-def test_above_the_floor_only_the_hard_limit_refuses():
+@pytest.mark.parametrize("priority", PRIORITY_SHARE)
+def test_above_the_floor_only_the_hard_limit_refuses_whatever_the_priority(priority):
     admission = Admission(most=100, sla_s=0.1, limit=10.0)
-    assert admission.may_enter(89, "normal", is_at_floor=False)
-    assert not admission.may_enter(90, "normal", is_at_floor=False)
-    assert not admission.may_enter(9, "normal", is_at_floor=True)
+    assert admission.may_enter(99, priority, is_at_floor=False)
+    assert not admission.may_enter(100, priority, is_at_floor=False)
+    assert not admission.may_enter(10, priority, is_at_floor=True)
 
 
 @pytest.mark.parametrize(("priority", "share"), PRIORITY_SHARE.items())
