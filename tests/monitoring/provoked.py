@@ -23,7 +23,7 @@ PACED_ROW_MS = 1  # 32 rows on 2 workers are 16 ms
 MOST_INFLIGHT = 8  # so that an overload is refused, whatever the machine
 CALM, CALM_S = 15.0, 8.0  # requests a second; seconds
 MIXED = 30.0  # a second, usual and odd ones
-OVERLOAD, OVERLOAD_S = 300.0, 4.0
+OVERLOAD, OVERLOAD_S = 900.0, 4.0  # above what two workers do at the floor of quality, 3 rows of 32 each
 DEATHS = 3  # within 15 minutes are one too many
 PATIENCE_S = 60.0
 
