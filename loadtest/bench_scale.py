@@ -7,7 +7,7 @@
 A hundred million items take over half an hour to make up to their index, and 66 GB of disk meanwhile;
 docs/performance.md says how far that went:
 
-    --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80
+    --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80 --most-ready-s inf
 
 A bundle that is made is asked for that recall: an index of more bits has more, and may not fit in memory beside the
 rows that it has scored exactly.
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--most-p99-ms", type=float, default=25.0)
     parser.add_argument("--most-gib", type=float, default=6.0)
     parser.add_argument("--least-recall", type=float, default=0.90)
+    parser.add_argument("--most-ready-s", type=float, default=READY_S, help="inf: whatever it takes to read the bundle")
     parsed = parser.parse_args(arguments)
     say, began = progress(time.monotonic()), time.monotonic()
     bundle = parsed.bundle or SMALL.with_name(f"w{parsed.items}")
@@ -129,13 +130,14 @@ def measured(bundle: Path, parsed: argparse.Namespace, say: Say) -> tuple[int, t
         held = sum(smaps(pid, "Pss") for pid in tree(server.process.pid)) / GIB
     on_disk = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()) / GIB
     loaded = f"{rate:.0f} a second, {len(seen):,} requests"
+    most_ready_s = parsed.most_ready_s if math.isfinite(parsed.most_ready_s) else None
     figures = (
         Figure(f"p99 at {loaded}", seen.percentile_s(99) * 1e3, most=parsed.most_p99_ms, unit="ms"),
         Figure(f"p50 at {loaded}", seen.percentile_s(50) * 1e3, unit="ms"),
         Figure(f"mean coverage at {loaded}", capacity.covered(seen), least=capacity.LEAST_COVERAGE),
         Figure("memory, PSS of all processes", held, most=parsed.most_gib, unit="GiB"),
         Figure(f"recall@{retriever['recall']['at']:,}", retriever["recall"]["reached"], least=parsed.least_recall),
-        Figure("ready, with every sum verified", ready_s, most=READY_S, unit="s"),
+        Figure("ready, with every sum verified", ready_s, most=most_ready_s, unit="s"),
         Figure("on disk", on_disk, unit="GiB"),
     )
     return retriever["n"], figures, p50

@@ -17,20 +17,22 @@ from loadtest.plan import fit, measure
 from loadtest.plan.calibration import Calibration
 from loadtest.plan.recipe import model
 
-ASKED_S, AFTER = (1.0, 4.0), 3  # seconds, the first to get warm; calls between two askings
-SIMULATED = 3  # times as many requests as measured: the simulation's own noise is to be the smaller
+ASKED_S, AFTER = (1.0, 3.0), 2  # seconds, the first to get warm; calls of a search between two askings
+SIMULATED, MOST_RUNS = 3, 60  # times what was asked; runs: the simulation's own noise is to be the smaller
 
 
 @dataclass
 class Again:
     """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
 
+    usual: what it takes over the line, asked for seconds where the line is from a minute of load; all is told over it.
     due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
     """
 
     server: launch.Server
     bodies: Sequence[bytes]
     calibrated: Calibration
+    usual: float = 1.0
     due: int = 0
     seed: int = 0
     met: list[float] = field(default_factory=list)
@@ -42,15 +44,19 @@ class Again:
         return rates[len(rates) // 2]
 
     def __call__(self) -> None:
-        """Between two runs; asks at the first call and then at each third. Raises RuntimeError."""
+        """Between two steps of a search; asks at the first call and then at each second. Raises RuntimeError."""
         if not self.due:
-            target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
-            measure.run(target, self.rate, ASKED_S[0], seed=self.seed)
-            seen, now = measure.metered(target, self.rate, ASKED_S[1], seed=self.seed)
-            if fit.is_usable(now):
-                self.met.append(fit.slower(self.calibrated, now))
-                self.latency_s += seen.latency_s[seen.is_ok].tolist()
+            self.ask()
         self.due = (self.due or AFTER) - 1
+
+    def ask(self) -> None:
+        """Now. Raises RuntimeError."""
+        target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
+        measure.run(target, self.rate, ASKED_S[0], seed=self.seed)
+        seen, now = measure.metered(target, self.rate, ASKED_S[1], seed=self.seed)
+        if fit.is_usable(now):
+            self.met.append(fit.slower(self.calibrated, now) / self.usual)
+            self.latency_s += seen.latency_s[seen.is_ok].tolist()
 
     def slower(self) -> float:
         """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
@@ -64,7 +70,9 @@ class Again:
         if not self.latency_s:
             return self.calibrated
         here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
-        simulated = [here.at(self.rate, ASKED_S[1], seed).latency_s for seed in range(SIMULATED * self.seed)]
+        simulated = [
+            here.at(self.rate, ASKED_S[1], seed).latency_s for seed in range(min(SIMULATED * self.seed, MOST_RUNS))
+        ]
         return replace(
             self.calibrated, stretch=fit.stretch([_ends(self.latency_s)], [_ends(np.concatenate(simulated))])
         )

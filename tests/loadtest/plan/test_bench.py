@@ -12,7 +12,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.plan import again as again_module
-from loadtest.plan import bundles
+from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
 from loadtest.plan.calibration import Configuration, Loaded, write
 from loadtest.plan.recipe import model
@@ -80,6 +80,30 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
     assert again.slower() == pytest.approx(2.0)
     with pytest.raises(RuntimeError, match="could not be asked again"):
         again.slower()
+
+
+def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = calibration(loaded=[Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)])
+    cpu_s = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS)
+
+    def metered(*given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
+        return SimpleNamespace(latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool)), replace(
+            known.loaded[0], cpu_s=next(cpu_s)
+        )
+
+    monkeypatch.setattr(again_module.measure, "metered", metered)
+    monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
+    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
+    usual = bench.usual(again_module.Again(None, [], known), 3)  # type: ignore[arg-type]
+    assert usual == pytest.approx(1.2)
+    again = again_module.Again(None, [], known, usual)  # type: ignore[arg-type]
+    again.ask()
+    assert again.slower() == pytest.approx(1.5)
+
+
+def test_the_median_of_runs_counts_of_the_measured_and_of_the_predicted() -> None:
+    assert bench.medians([(9.0, 1.0), (2.0, 3.0), (1.0, 2.0)]) == (2.0, 2.0)
 
 
 def test_a_machine_has_the_tail_of_the_calibrated_configuration_asked_again() -> None:
