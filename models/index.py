@@ -83,7 +83,7 @@ def build(
     n = len(embeddings)
     width = min(width, n)
     queries = enough_queries(embeddings, users, say)
-    exact = search_exactly(embeddings, queries, width, os.cpu_count() or 1)
+    exact = search_exactly(embeddings, queries, width, os.cpu_count() or 1, say)
     tried = kind or kind_for(n, width)
     while True:
         built = _build(tried, embeddings, queries, exact, target, say)
@@ -123,7 +123,9 @@ def enough_queries(embeddings: NDArray[Any], users: Floats, say: Say = print) ->
     return np.concatenate([queries, items + noise])
 
 
-def search_exactly(embeddings: NDArray[Any], queries: Floats, width: int, n_threads: int = 1) -> Rows:
+def search_exactly(
+    embeddings: NDArray[Any], queries: Floats, width: int, n_threads: int = 1, say: Say = lambda _: None
+) -> Rows:
     """The best rows of each query by inner product, i64[q, width], block by block."""
     scores = np.empty((len(queries), 0), np.float32)
     rows = np.empty((len(queries), 0), np.int64)
@@ -133,6 +135,8 @@ def search_exactly(embeddings: NDArray[Any], queries: Floats, width: int, n_thre
             scores, rows = np.concatenate([scores, more], axis=1), np.concatenate([rows, found + start], axis=1)
             kept = np.argsort(-scores, axis=1, kind="stable")[:, :width]
             scores, rows = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(rows, kept, axis=1)
+            if len(embeddings) > LONG and start % (16 * BLOCK) == 0:
+                say(f"index: exact search, {start + len(block):,} of {len(embeddings):,} rows")
     return rows
 
 
