@@ -11,6 +11,7 @@ This module is long because the checks belong beside the loading that they guard
 
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -222,7 +223,10 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
 def _array(file: Path) -> Array:
     with opening(file.name, "not an array that numpy opens without pickle"):
         # A plain view of the map: gathering rows through numpy's memmap class takes several times as long.
-        return np.asarray(np.lib.format.open_memmap(file, mode="r"))  # np.load would open an archive, too
+        array = np.lib.format.open_memmap(file, mode="r")  # np.load would open an archive, too
+        # Rows are gathered here and there: of a table that isn't in memory, not the megabytes around each are read.
+        array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return np.asarray(array)
 
 
 def _tables(folder: Path) -> dict[str, Array]:
@@ -270,7 +274,7 @@ def _index(path: Path, manifest: Manifest) -> faiss.Index:
         # any, which FAISS would map to be written; with the second flag it refuses them.
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_ONDISK_SAME_DIR)
     found = type(index).__name__
-    require(found.startswith(INDEX_CLASSES[kind]), f"{name}: is a FAISS {found}, the manifest says {kind}")
+    require(found.startswith(INDEX_CLASSES[kind.rstrip("48")]), f"{name}: is a FAISS {found}, the manifest says {kind}")
     return index
 
 

@@ -61,6 +61,7 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
     require(is_mapped, f"{ITEMS}/{file.name}: can't be mapped ({os.strerror(ctypes.get_errno())})")
     memory = (ctypes.c_char * size).from_address(at)
     weakref.finalize(memory, libc.munmap, at, size)
+    libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(end), mmap.MADV_RANDOM)  # as in bundle.py
     return np.ndarray(shape, table.dtype, memoryview(memory), offset)
 
 

@@ -195,8 +195,7 @@ def run(settings: Settings) -> int:
     gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
     listener = log.start(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each; 1,024 are soon used up
+    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])  # a connection each
     try:
         return uvloop.run(serve(settings))
     finally:

@@ -43,8 +43,8 @@ class Recall(Strict):
 
 
 # kind → FAISS's name of the class (its beginning); kind → the parameter of a search
-INDEX_CLASSES = {"flat": "IndexFlat", "hnsw": "IndexHNSW", "ivf_sq8": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
-SEARCH = {"flat": set[str](), "hnsw": {"efSearch"}, "ivf_sq8": {"nprobe"}, "ivf_pq": {"nprobe"}}
+INDEX_CLASSES = {"flat": "IndexFlat", "hnsw": "IndexHNSW", "ivf_sq": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
+SEARCH = {"flat": set[str](), "hnsw": {"efSearch"}, "ivf_sq8": {"nprobe"}, "ivf_sq4": {"nprobe"}, "ivf_pq": {"nprobe"}}
 
 
 class Retriever(Strict):
@@ -55,7 +55,7 @@ class Retriever(Strict):
     """
 
     name: str
-    kind: Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
+    kind: Literal["flat", "hnsw", "ivf_sq8", "ivf_sq4", "ivf_pq"]
     tower: str = "user_tower.onnx"
     index: str = "index.faiss"
     n: int = Field(ge=1)

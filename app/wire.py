@@ -178,13 +178,11 @@ def told(query: Query, ranking: Ranking, generation: Generation) -> Told:
         "expected_ndcg_loss": ranking.expected_ndcg_loss,
         "ignored": dict(query.ignored),
     }
-    first = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
-    why = [f"{d.stage.label}: {d.reason}" for d in lost]
+    head = tuple((stage, s) for stage, s in zip(stages[:SCORES_TOLD], scores, strict=False) if s is not None)
     logged = {"generation": ranking.generation, "epoch": query.live.epoch, "is_known": query.person.is_known}
     logged |= {"k": query.k, "n": len(ranking), "history": len(query.person.history)}
-    logged |= {"wanted": fine.wanted, "reranked": fine.done, "degraded": why}
-    is_searched = query.candidates is None
-    return Told(orjson.dumps(body)[:-1], ranking.reports, lost, first, ranking.extra_s, is_searched, logged)
+    logged |= {"wanted": fine.wanted, "reranked": fine.done, "degraded": [f"{d.stage.label}: {d.reason}" for d in lost]}
+    return Told(orjson.dumps(body)[:-1], ranking.reports, lost, head, ranking.extra_s, query.candidates is None, logged)
 
 
 def finished(answer: Told, took_ms: dict[str, float]) -> bytes:
@@ -228,13 +226,8 @@ def _field_errors(errors: Sequence[Any], sent: Any, schema: type[Wire]) -> list[
 def _allowed(path: tuple[int | str, ...], error: Any, schema: type[Wire]) -> str:
     if error["type"] != "extra_forbidden":
         return str(error["msg"]).removeprefix("Value error, ")
-    parts: dict[Any, type[Wire]] = {
-        "user": UserPart,
-        "filters": FilterPart,
-        "candidates": CandidatePart,
-        "add": NewItem,
-    }
-    fields = parts.get(path[0] if len(path) > 1 else None, schema).model_fields
+    of: dict[str, type[Wire]] = {"user": UserPart, "filters": FilterPart, "candidates": CandidatePart, "add": NewItem}
+    fields = (of.get(str(path[0]), schema) if len(path) > 1 else schema).model_fields
     return f"no such field; allowed: {', '.join(field.alias or name for name, field in fields.items())}"
 
 

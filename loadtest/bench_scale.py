@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         large_n, figures, p50 = measured(bundle, parsed, say)
     except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as e:
         print(f"not measured: {e}", file=sys.stderr)
-        return 1
+        return 2
     exponent = math.log(p50 / small_p50) / math.log(large_n / small_n) if large_n != small_n else math.nan
     growth = (
         Figure(f"p50 of {small_n:,} items at {UNLOADED_RATE:g}/s", small_p50, unit="ms"),

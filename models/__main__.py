@@ -81,7 +81,7 @@ def _pack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="the bundle's directory, to be made")
     command.add_argument("--recall", type=float, default=0.95, help="wanted of the index, against exact search")
     command.add_argument(
-        "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_pq"), help="kind to begin with, not by size"
+        "--index", choices=("flat", "hnsw", "ivf_sq8", "ivf_sq4", "ivf_pq"), help="kind to begin with, not by size"
     )
     command.add_argument("--no-hoist", action="store_true", help="leave the re-ranker whole, even where a cut pays")
     command.add_argument("--int8", action="store_true", help="the re-ranker in eight bits, where that pays")

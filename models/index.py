@@ -3,7 +3,7 @@
     up to 20,000 items     flat      exact: 0.2 ms at d = 64
     up to 1 million        hnsw      efSearch from the width up; only for widths up to 500
     up to 20 million       ivf_sq8   nprobe, 1.1 × the width fetched and scored exactly
-    above                  ivf_pq    four bits a dimension; nprobe, 4 × the width fetched and scored exactly
+    above                  ivf_sq4   four bits a dimension; nprobe, 1.5 × the width fetched and scored exactly
 
 The parameter is the smallest that reaches the target on the queries: the tower's outputs for sample requests.
 A kind that can't reach it gives way to another, at last to exact search, and that is said. How an index is
@@ -12,8 +12,11 @@ index: seeds are fixed, a graph is built on one thread, and what a search takes 
 
 Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured anew each time. With
 trained towers, whose best rows score nearly alike, two bits a dimension reach a recall@2,000 of .73 of ten million at
-most; four reach .91 with 128 of 16,384 lists, in the time that eight bits take (5.3 ms, 2 cores, AVX2, 2026-11). But
-eight have fewer rows scored exactly, whose pages count: there the service holds 3.0 GiB with eight, 4.4 with four.
+most; four reach .91 with 128 of 16,384 lists. Four bits of a product quantiser (`ivf_pq`, fast scan) are searched in
+half the time of as many of a scalar one, but FAISS copies them into each process, where it maps the others: at 100M
+each of the service's would hold 4 GB of its own. On W1's million, 64 of 4,096 lists, the recall@2,000 is .785, .774 and
+.789 with four bits, four of a product quantiser and eight where 1.1 × the width is fetched, .789, .788 and .789 at
+2 ×, in 0.97, 0.41 and 0.92 ms.
 """
 
 import contextlib
@@ -29,7 +32,7 @@ from numpy.typing import NDArray
 
 from app.manifest import Recall
 
-Kind = Literal["flat", "hnsw", "ivf_sq8", "ivf_pq"]
+Kind = Literal["flat", "hnsw", "ivf_sq8", "ivf_sq4", "ivf_pq"]
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Say = Callable[[str], None]
@@ -40,9 +43,10 @@ FLAT_MOST, HNSW_MOST, SQ8_MOST = 20_000, 1_000_000, 20_000_000  # items
 HNSW_WIDEST = 500
 # What takes over when a kind misses the target. A graph can miss it at any efSearch: inner products of embeddings
 # of different lengths, or of separate clusters, leave parts of it that no path reaches.
-NEXT: dict[Kind, Kind] = {"ivf_pq": "ivf_sq8", "hnsw": "ivf_sq8", "ivf_sq8": "flat"}
-# Eight bits lose nothing but the order at the edge: 1.1 × has the recall of 2 × (0.900 at 1M, width 2,000).
-OVERFETCH: dict[Kind, float] = {"ivf_pq": 4.0, "ivf_sq8": 1.1, "hnsw": 1.0, "flat": 1.0}
+NEXT: dict[Kind, Kind] = {"ivf_pq": "ivf_sq8", "ivf_sq4": "ivf_sq8", "hnsw": "ivf_sq8", "ivf_sq8": "flat"}
+# Eight bits lose nothing but the order at the edge: 1.1 × has the recall of 2 × (0.900 at 1M, width 2,000). What is
+# fetched on top costs pages: each row is one, and above 20 million they don't all stay in memory.
+OVERFETCH: dict[Kind, float] = {"ivf_pq": 4.0, "ivf_sq4": 1.5, "ivf_sq8": 1.1, "hnsw": 1.0, "flat": 1.0}
 BLOCK = 262_144  # items converted, added or searched at a time: 64 MB at d = 64
 HNSW_LINKS, HNSW_BUILD = 32, 80  # efConstruction: recall .998 at 1M items
 WIDEST_HNSW = 16  # × the width: beyond it a graph is slower than a flat index of its size
@@ -99,7 +103,7 @@ def kind_for(n: int, width: int) -> Kind:
         return "flat"
     if n <= HNSW_MOST and width <= HNSW_WIDEST:
         return "hnsw"
-    return "ivf_sq8" if n <= SQ8_MOST else "ivf_pq"
+    return "ivf_sq8" if n <= SQ8_MOST else "ivf_sq4"
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -183,12 +187,9 @@ def _build(kind: Kind, embeddings: NDArray[Any], queries: Floats, exact: Rows, t
     def recall_at(parameter: int) -> float:
         return recall_of(search(index, kind, queries, n_fetched, parameter), exact)
 
-    low, high = {
-        "flat": (0, 0),
-        "hnsw": (width, min(n, WIDEST_HNSW * width)),
-        "ivf_sq8": (1, max(1, n_lists(n) // LARGEST_PROBED)),
-        "ivf_pq": (1, max(1, n_lists(n) // LARGEST_PROBED)),
-    }[kind]
+    low, high = {"flat": (0, 0), "hnsw": (width, min(n, WIDEST_HNSW * width))}.get(
+        kind, (1, max(1, n_lists(n) // LARGEST_PROBED))
+    )
     parameter = smallest(low, high, lambda p: recall_at(p) >= target)
     reached = recall_at(parameter)
     return Built(
@@ -232,7 +233,7 @@ def _filled(kind: Kind, embeddings: NDArray[Any], say: Say = lambda _: None) -> 
         index = faiss.IndexHNSWFlat(d, HNSW_LINKS, metric)
         index.hnsw.efConstruction = HNSW_BUILD
     else:
-        code = "SQ8" if kind == "ivf_sq8" else f"PQ{d}x4fs"
+        code = f"PQ{d}x4fs" if kind == "ivf_pq" else kind.removeprefix("ivf_").upper()
         index = faiss.index_factory(d, f"IVF{n_lists(n)},{code}", metric)
         index.cp.seed = SEED
         rows = np.random.default_rng(SEED).permutation(n)[: TRAIN_POINTS * n_lists(n)]

@@ -208,7 +208,8 @@ def _with_index(
     generation: Generation, users: NDArray[np.float32], wanted: tuple[float, index.Kind | None], say: Say
 ) -> Generation:
     target, kind = wanted
-    embeddings, width = generation.tables["embedding"], generation.manifest.funnel.retrieve
+    embeddings = np.load(generation.path / ITEMS / "embedding.npy", mmap_mode="r")  # its own map: read from end to end
+    width = generation.manifest.funnel.retrieve
     built = index.build(embeddings, users, width, target, kind=kind, say=say)
     faiss.write_index(built.index, str(generation.path / "index.faiss"))
     search = ", ".join(f"{name} {value}" for name, value in built.search.items()) or "exact"

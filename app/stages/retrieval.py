@@ -129,7 +129,7 @@ class Retrieval:
         if live.n_added:
             fresh = len(self.generation.ids) + np.arange(live.n_added)
             rows = np.append(rows, fresh[live.keeps(fresh) if eligible is None else eligible[fresh]])
-        if live.n_added or self.retriever.kind in ("ivf_sq8", "ivf_pq"):
+        if live.n_added or self.retriever.kind.startswith("ivf"):
             return self._search_exactly(rows, user, width)
         return rows[:width], scores[:width]
 

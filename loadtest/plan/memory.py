@@ -3,7 +3,8 @@
     flat      4 d                              the vectors
     hnsw      4 d + 4 · 2 · 32 + 12            and the links of the lowest layer, offsets, levels
     ivf_sq8   d + 8         + centroids        a byte a dimension, the row's number
-    ivf_pq    d / 2 + 8     + centroids        four bits a dimension, the row's number
+    ivf_sq4   d / 2 + 8     + centroids        four bits a dimension, the row's number
+    ivf_pq    d / 2 + 8     + centroids        the same, in each process its own
 
 Centroids are 4 d a list; ivf_pq stores its codes in blocks of 32 rows, so half a block a list is empty, and has a
 codebook of 64 d. Lists and kinds follow the offline half's rules (models/index.py). The tables of the bundle
@@ -18,7 +19,7 @@ from pathlib import Path
 from loadtest.plan.calibration import Calibration
 
 FLAT_MOST, HNSW_MOST, SQ8_MOST, HNSW_WIDEST = 20_000, 1_000_000, 20_000_000, 500
-KINDS = ("flat", "hnsw", "ivf_sq8", "ivf_pq")
+KINDS = ("flat", "hnsw", "ivf_sq8", "ivf_sq4", "ivf_pq")
 HNSW_LINKS, MOST_LISTS = 32, 16_384
 BLOCK = 32  # rows
 SPARES = 1  # warm worker processes beside those that work, the service's default
@@ -31,7 +32,7 @@ def kind_for(items: int, width: int) -> str:
         return "flat"
     if items <= HNSW_MOST and width <= HNSW_WIDEST:
         return "hnsw"
-    return "ivf_sq8" if items <= SQ8_MOST else "ivf_pq"
+    return "ivf_sq8" if items <= SQ8_MOST else "ivf_sq4"
 
 
 def index_bytes(kind: str, items: int, d: int) -> float:
@@ -42,6 +43,7 @@ def index_bytes(kind: str, items: int, d: int) -> float:
         "flat": 4.0 * d * items,
         "hnsw": (4 * d + 4 * 2 * HNSW_LINKS + 12.0) * items,
         "ivf_sq8": (d + 8.0) * items + centroids,
+        "ivf_sq4": (d / 2 + 8.0) * items + centroids,
         "ivf_pq": (d / 2 + 8.0) * items + centroids + lists * BLOCK / 2 * d / 2 + 64 * d,
     }[kind]
 

@@ -38,14 +38,14 @@ def index_of(kind: str) -> faiss.Index:
     else:
         quantizer = faiss.IndexFlatIP(world.D)
         index = faiss.IndexIVFScalarQuantizer(
-            quantizer, world.D, 4, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+            quantizer, world.D, 4, getattr(faiss.ScalarQuantizer, f"QT_{kind[-1]}bit"), faiss.METRIC_INNER_PRODUCT
         )
         index.train(EMBEDDING)
     index.add(EMBEDDING)
     return index
 
 
-SEARCH = {"flat": {}, "hnsw": {"efSearch": 32}, "ivf_sq8": {"nprobe": 2}}
+SEARCH = {"flat": {}, "hnsw": {"efSearch": 32}, "ivf_sq8": {"nprobe": 2}, "ivf_sq4": {"nprobe": 2}}
 
 
 @pytest.fixture(scope="module", params=[20_000, 0], ids=["exact", "index"])
@@ -61,7 +61,7 @@ def over(request, generation):
     """Retrieval over the random catalogue with an index of this kind."""
     kind = request.param
     retriever = generation.manifest.retrievers[0].model_copy(
-        update={"kind": kind, "n": N, "search": SEARCH[kind], "overfetch": 2.0 if kind == "ivf_sq8" else 1.0}
+        update={"kind": kind, "n": N, "search": SEARCH[kind], "overfetch": 2.0 if kind.startswith("ivf") else 1.0}
     )
     patched = replace(
         generation,

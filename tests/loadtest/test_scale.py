@@ -40,5 +40,5 @@ def test_every_figure_is_measured_and_held_to_its_bar(
 
 
 def test_a_bundle_that_can_not_be_made_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert bench_scale.main(["--items", "10", "--bundle", str(tmp_path / "w10")]) == 1
+    assert bench_scale.main(["--items", "10", "--bundle", str(tmp_path / "w10")]) == 2
     assert "ended with 2" in capfd.readouterr().err

@@ -13,7 +13,7 @@ from tests.loadtest.plan.made import CALIBRATION
 N, D = 4_000, 32
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8", "ivf_pq"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8", "ivf_sq4", "ivf_pq"])
 def test_an_index_has_the_bytes_of_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "TRAIN_POINTS", 8)  # enough for bytes, if not for recall
     monkeypatch.setattr(index, "HNSW_BUILD", 8)
