@@ -110,7 +110,7 @@ lock: $(VENV)/lock.stamp  ## pin what the image installs, with hashes: requireme
 image-test: $(VENV)/dev.stamp  ## build the image and run it hardened: Debian and root, for podman and buildah; minutes
 	$(BIN)/pytest -vv -rP tests/deploy/test_dockerfile.py tests/deploy/test_compose.py tests/image/hardened.py
 
-bench-capacity: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the planner's predictions against measurements: 90 minutes
+bench-capacity: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the planner's predictions against measurements: over an hour
 	$(BIN)/python -m loadtest capacity
 
 clean:  ## remove what was made: the venv, data, bundles, caches

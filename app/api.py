@@ -130,8 +130,7 @@ def refusal(service: Service, scope: Scope, body: bytes) -> Response | None:
         scope["winnow.coming"] = 1
         service.gate.coming += 1
         return None
-    response, outcome = problem(service.gate.refusal(), request_id_of(request.headers))
-    return _counted(service, request, response, outcome, {})
+    return _counted(service, request, *problem(service.gate.refusal(), request_id_of(request.headers)), {})
 
 
 async def answer(request: Request, service: Service) -> Response:

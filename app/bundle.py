@@ -224,9 +224,16 @@ def _array(file: Path) -> Array:
     with opening(file.name, "not an array that numpy opens without pickle"):
         # A plain view of the map: gathering rows through numpy's memmap class takes several times as long.
         array = np.lib.format.open_memmap(file, mode="r")  # np.load would open an archive, too
-        # Rows are gathered here and there: of a table that isn't in memory, not the megabytes around each are read.
-        array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        array._mmap.madvise(advice(array))  # type: ignore[attr-defined]
         return np.asarray(array)
+
+
+def advice(table: Array) -> int:
+    """For madvise(2): of wide rows that aren't in memory, each row's page is read, and not the megabytes around it.
+
+    Those of under 16 bytes are read from end to end as well: by filters, and to prove ids unique.
+    """
+    return mmap.MADV_RANDOM if table[:1].nbytes >= 16 else mmap.MADV_NORMAL
 
 
 def _tables(folder: Path) -> dict[str, Array]:

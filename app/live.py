@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from app.bundle import HOISTED, ITEMS, NO_ROW, Generation, Ids, Room
+from app.bundle import HOISTED, ITEMS, NO_ROW, Generation, Ids, Room, advice
 from app.errors import BundleError, ClientError, Conflict, FieldError, InvalidRequest, ServerError, require, shown
 from app.features import LARGEST, ROW
 from app.flow import Array, Live, sealed
@@ -61,7 +61,7 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
     require(is_mapped, f"{ITEMS}/{file.name}: can't be mapped ({os.strerror(ctypes.get_errno())})")
     memory = (ctypes.c_char * size).from_address(at)
     weakref.finalize(memory, libc.munmap, at, size)
-    libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(end), mmap.MADV_RANDOM)  # as in bundle.py
+    libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(end), advice(table))
     return np.ndarray(shape, table.dtype, memoryview(memory), offset)
 
 

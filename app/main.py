@@ -195,7 +195,8 @@ def run(settings: Settings) -> int:
     gc.freeze()  # modules stay: a full collection that walks them holds up the event loop for tens of milliseconds
     listener = log.start(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
-    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])  # a connection each
+    # The hard limit for both: a connection is one, and 1,024 are soon used up.
+    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])
     try:
         return uvloop.run(serve(settings))
     finally:

@@ -66,8 +66,7 @@ class Retriever(Strict):
     @model_validator(mode="after")
     def _has_its_parameters(self) -> "Retriever":
         needed = SEARCH[self.kind]
-        said = f"an index of kind {self.kind} has the parameters {needed or 'none'}"
-        require(set(self.search) == needed, said, ValueError)
+        require(set(self.search) == needed, f"kind {self.kind} has the parameters {needed or 'none'}", ValueError)
         return self
 
 

@@ -144,6 +144,7 @@ class Service:
         self.activates = False  # what is being loaded stays a candidate: who switches meanwhile means it
         served, self.held["serving"] = self.held["serving"], self.held.pop(role)
         self._hold("previous", served)
+        self.gate.expects(self.held["serving"].funnel.seconds(FLOOR), self.held["serving"].pool.n_workers)
         log.info("serving %s", self.held["serving"].generation.name)
 
     async def change_items(self, asked: wire.ItemsRequest) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 600.0  # to load and warm the largest bundle: 100 million items are 23 GB, read once for their sums
+PATIENCE_S = 120.0  # for an answer
+LOAD_S = 600.0  # to load and warm the largest bundle: 100 million items are 23 GB, read once for their sums
 STOP_S = 30.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 KEPT_LINES = 200
@@ -58,7 +59,7 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Raises RuntimeError with the end of the log when it doesn't get ready."""
-        wait_for(self._is_ready, PATIENCE_S, "the server to be ready")
+        wait_for(self._is_ready, LOAD_S, "the server to be ready")
 
     def _is_ready(self) -> bool:
         if self.process.poll() is not None:
@@ -99,7 +100,7 @@ class Server:
         def has_ended() -> bool:
             return (self.generations()["loading"] or {}).get("state") != "loading"
 
-        wait_for(has_ended, PATIENCE_S, f"the end of loading {bundle}")
+        wait_for(has_ended, LOAD_S, f"the end of loading {bundle}")
         return str((self.generations()["loading"] or {}).get("error") or "")
 
 

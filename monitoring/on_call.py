@@ -235,7 +235,7 @@ FUNNEL = (
 CAPACITY = (
     lines(
         "Quality",
-        "The share of its configured width that the funnel runs at: it falls before anybody is refused, down to 0.2. "
+        "The share of its configured width that the funnel runs at: it falls before anybody is refused, down to 0.3. "
         "The line is that of the alert.",
         "percentunit",
         Query(of("winnow_quality"), "{{instance}}"),

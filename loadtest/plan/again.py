@@ -18,21 +18,19 @@ from loadtest.plan.calibration import Calibration
 from loadtest.plan.recipe import model
 
 ASKED_S, AFTER = (1.0, 3.0), 2  # seconds, the first to get warm; calls of a search between two askings
-SIMULATED, MOST_RUNS = 3, 60  # times what was asked; runs: the simulation's own noise is to be the smaller
+SIMULATED, MOST_RUNS = 3, 60  # times what was asked, for the simulation's own noise; runs, for the time that takes
 
 
 @dataclass
 class Again:
     """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
 
-    usual: what it takes over the line, asked for seconds where the line is from a minute of load; all is told over it.
     due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
     """
 
     server: launch.Server
     bodies: Sequence[bytes]
     calibrated: Calibration
-    usual: float = 1.0
     due: int = 0
     seed: int = 0
     met: list[float] = field(default_factory=list)
@@ -44,7 +42,7 @@ class Again:
         return rates[len(rates) // 2]
 
     def __call__(self) -> None:
-        """Between two steps of a search; asks at the first call and then at each second. Raises RuntimeError."""
+        """Between two steps of a search; asks at the first call and then at every second. Raises RuntimeError."""
         if not self.due:
             self.ask()
         self.due = (self.due or AFTER) - 1
@@ -55,7 +53,7 @@ class Again:
         measure.run(target, self.rate, ASKED_S[0], seed=self.seed)
         seen, now = measure.metered(target, self.rate, ASKED_S[1], seed=self.seed)
         if fit.is_usable(now):
-            self.met.append(fit.slower(self.calibrated, now) / self.usual)
+            self.met.append(fit.slower(self.calibrated, now) / self.calibrated.briefly)
             self.latency_s += seen.latency_s[seen.is_ok].tolist()
 
     def slower(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 9
+FORMAT = 10
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
@@ -91,6 +91,7 @@ class Memory:
 class Calibration:
     """One calibration. warmth, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
+    briefly: what the base takes over the line of its CPU where it is asked for seconds, between others (again.py).
     error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
     round, over the median. path: of the bundle as the caller named it. contents: of its files, whatever its widths
     (bundles.py).
@@ -116,6 +117,7 @@ class Calibration:
     wake_s: float = 0.0
     beyond_s: float = 0.0
     stretch: float = 1.0
+    briefly: float = 1.0
     n_fitted: int = 0
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)

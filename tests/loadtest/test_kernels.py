@@ -45,7 +45,7 @@ def served(request, generation):
         return generation
     kind = request.param
     retriever = generation.manifest.retrievers[0].model_copy(
-        update={"kind": kind, "n": N, "search": SEARCH[kind], "overfetch": 1.5 if kind == "ivf_sq8" else 1.0}
+        update={"kind": kind, "n": N, "search": SEARCH[kind], "overfetch": 1.5 if kind.startswith("ivf") else 1.0}
     )
     tables = TABLES | {"year": np.nan_to_num(TABLES["year"])}
     names = ("retrieval_score", "item.year", "item.genres.1", "history_max.embedding", "history_log_count", "user.age")

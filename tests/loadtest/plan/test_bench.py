@@ -97,7 +97,7 @@ def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeyp
     monkeypatch.setattr(bench.time, "sleep", lambda _: None)
     usual = bench.usual(again_module.Again(None, [], known), 3)  # type: ignore[arg-type]
     assert usual == pytest.approx(1.2)
-    again = again_module.Again(None, [], known, usual)  # type: ignore[arg-type]
+    again = again_module.Again(None, [], replace(known, briefly=usual))  # type: ignore[arg-type]
     again.ask()
     assert again.slower() == pytest.approx(1.5)
 
