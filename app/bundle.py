@@ -250,7 +250,7 @@ def _ids(folder: Path, *, is_verified: bool) -> Ids:
     require(are_rows, f"{folder.name}/id_order.npy: must hold each row of ids.npy once")
     ordered = ids[order]
     require(not np.any(ordered[1:] <= ordered[:-1]), f"{name}: ids are not unique, or id_order.npy is not their order")
-    return Ids(ids, order)
+    return _ids(folder, is_verified=True)  # mapped anew: what was touched to prove them isn't held
 
 
 def _vocab(folder: Path) -> dict[str, dict[str, int]]:

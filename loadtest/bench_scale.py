@@ -4,8 +4,8 @@
                                                        highest rate ─▶ half of it: p99 ─▶ memory of all processes
     the same at 20 a second on W1 ─▶ how p50 grows with the catalogue: exponent of N
 
-A hundred million items take over half an hour to make up to their index, and 66 GB of disk meanwhile;
-docs/performance.md says how far that went:
+A hundred million items take three quarters of an hour to make, and 61 GB of disk meanwhile; docs/performance.md says
+what that gave:
 
     --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80 --most-ready-s inf
 
