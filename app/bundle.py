@@ -233,7 +233,7 @@ def advice(table: Array) -> int:
 
     Those of under 16 bytes are read from end to end as well: by filters, and to prove ids unique.
     """
-    return mmap.MADV_RANDOM if table[:1].nbytes >= 16 else mmap.MADV_NORMAL
+    return mmap.MADV_RANDOM if table.itemsize * math.prod(table.shape[1:]) >= 16 else mmap.MADV_NORMAL
 
 
 def _tables(folder: Path) -> dict[str, Array]:

@@ -12,11 +12,12 @@ index: seeds are fixed, a graph is built on one thread, and what a search takes 
 
 Sizes follow times measured at 1M and 10M × 64 (2 cores, AVX-512, 2026-11); recall is measured anew each time. With
 trained towers, whose best rows score nearly alike, two bits a dimension reach a recall@2,000 of .73 of ten million at
-most; four (of a product quantiser, 4 × fetched) reach .91 with 128 of 16,384 lists. Four bits of a product quantiser (`ivf_pq`, fast scan) are searched in
-half the time of as many of a scalar one, but FAISS copies them into each process, where it maps the others: at 100M
-each of the service's would hold 4 GB of its own. On W1's million, 64 of 4,096 lists, the recall@2,000 is .785, .774 and
-.789 with four bits, four of a product quantiser and eight where 1.1 × the width is fetched, .789, .788 and .789 at
-2 ×, in 0.97, 0.41 and 0.92 ms (2 cores, AVX-512, 2026-11-27, one thread, items with noise as queries).
+most; four (of a product quantiser, 4 × fetched) reach .91 with 128 of 16,384 lists. Four bits of a product quantiser
+(`ivf_pq`, fast scan) are searched in half the time of as many of a scalar one, but FAISS copies them into each process,
+where it maps the others: at 100M each of the service's would hold 4 GB of its own. On W1's million, 64 of 4,096 lists,
+the recall@2,000 is .785, .774 and .789 with four bits, four of a product quantiser and eight where 1.1 × the width is
+fetched, .789, .788 and .789 at 2 ×, in 0.97, 0.41 and 0.92 ms (2 cores, AVX-512, 2026-11-27, one thread, items with
+noise as queries).
 """
 
 import contextlib
