@@ -208,7 +208,7 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
         tables=_tables(path / ITEMS),
         vocab=_vocab(path / VOCAB),
         users=_users(path / USERS, is_verified=is_verified),
-        popular=_array(path / "popular.npy"),
+        popular=mapped(path / "popular.npy"),
         index=_index(path, manifest),
         user_tower=_session(path, manifest, manifest.retrievers[0].tower),
         re_ranker=_session(path, manifest, "re_ranker.onnx"),
@@ -220,7 +220,8 @@ def load(path: Path, digest: str | None = None, *, is_verified: bool = False) ->
     return generation
 
 
-def _array(file: Path) -> Array:
+def mapped(file: Path) -> Array:
+    """An array that stays on disk, read-only. Raises BundleError that names the file."""
     with opening(file.name, "not an array that numpy opens without pickle"):
         # A plain view of the map: gathering rows through numpy's memmap class takes several times as long.
         array = np.lib.format.open_memmap(file, mode="r")  # np.load would open an archive, too
@@ -237,11 +238,11 @@ def advice(table: Array) -> int:
 
 
 def _tables(folder: Path) -> dict[str, Array]:
-    return {f.stem: _array(f) for f in sorted(folder.glob("*.npy")) if f.stem not in ("ids", "id_order")}
+    return {f.stem: mapped(f) for f in sorted(folder.glob("*.npy")) if f.stem not in ("ids", "id_order")}
 
 
 def _ids(folder: Path, *, is_verified: bool) -> Ids:
-    ids, order, name = _array(folder / "ids.npy"), _array(folder / "id_order.npy"), f"{folder.name}/ids.npy"
+    ids, order, name = mapped(folder / "ids.npy"), mapped(folder / "id_order.npy"), f"{folder.name}/ids.npy"
     if is_verified:
         return Ids(ids, order)
     are_ids = ids.ndim == 1 and ids.dtype.kind in "iU" and len(ids) > 0

@@ -42,7 +42,7 @@ class Recall(Strict):
     n_queries: int
 
 
-# kind → FAISS's name of the class (its beginning); kind → the parameter of a search
+# kind, of a scalar quantiser without its bits → FAISS's name of the class (its beginning); kind → parameter of a search
 INDEX_CLASSES = {"flat": "IndexFlat", "hnsw": "IndexHNSW", "ivf_sq": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
 SEARCH = {"flat": set[str](), "hnsw": {"efSearch"}, "ivf_sq8": {"nprobe"}, "ivf_sq4": {"nprobe"}, "ivf_pq": {"nprobe"}}
 

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from app.bundle import ITEMS, USERS, VOCAB, Generation, Ids, PreRanker, Users, advice, check_shapes, load, open_session
+from app.bundle import ITEMS, USERS, VOCAB, Generation, Ids, PreRanker, Users, check_shapes, load, mapped, open_session
 from app.control.loss import at_share
 from app.errors import BundleError
 from app.features import FeatureSchema
@@ -353,10 +353,7 @@ def _open_draft(draft: Path, manifest: Manifest, models: Mapping[str, onnx.Model
 
 
 def _arrays(folder: Path) -> dict[str, NDArray[Any]]:
-    arrays = {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
-    for array in arrays.values():
-        array._mmap.madvise(advice(array))
-    return arrays
+    return {f.stem: mapped(f) for f in sorted(folder.glob("*.npy"))}
 
 
 def write_manifest(manifest: Manifest, draft: Path) -> None:

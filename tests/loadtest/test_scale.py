@@ -39,6 +39,17 @@ def test_every_figure_is_measured_and_held_to_its_bar(
     assert [name.partition(": ")[2] for name in found["missed"] if "memory" in name or "recall" in name] == missed
 
 
+def test_what_is_measured_warm_was_asked_before(
+    bundle: Path, large: Path, short: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first time is told, of both bundles; without --warm there is none."""
+    monkeypatch.setattr(bench_scale, "POOL", 20)
+    asked = ["--bundle", str(large), "--small", str(bundle), "--rate", "20", "--seconds", "1"]
+    for given, times in (([], 0), (["--warm"], 2)):
+        bench_scale.main([*asked, *given])
+        assert capfd.readouterr().err.count("for the first time: p50") == times
+
+
 def test_a_bundle_that_can_not_be_made_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench_scale.main(["--items", "10", "--bundle", str(tmp_path / "w10")]) == 2
     assert "ended with 2" in capfd.readouterr().err
