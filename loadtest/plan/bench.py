@@ -138,7 +138,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
 
 def usual(again: Again, times: int) -> float:
-    """What the calibrated configuration takes at once, asked as it will be: after pauses of a part. Raises RuntimeError."""
+    """What the calibrated configuration takes at once, after pauses as long as a part. Raises RuntimeError."""
     for _ in range(times):
         time.sleep(PART_S)
         again.ask()
