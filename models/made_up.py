@@ -22,7 +22,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from app.bundle import NO_ROW
-from models.stand_ins import FEATURES, HISTORY, MOMENT, TOLD_APART
+from models.stand_ins import FEATURES, HISTORY, MOMENT, TOLD_APART, real, stored
 from models.truth import LATENT, Truth
 
 Array = NDArray[Any]
@@ -35,6 +35,7 @@ N_NEWCOMERS = 20  # one request in so many is from somebody nothing is known of
 MOST_PEOPLE = 100_000
 POPULAR = 10_000  # rows of the fallback list
 SMALL_TYPES = 4_000_000  # items, from which on tables are f16: what matters then is memory
+LEAST_TYPES = 20_000_000  # from which on features are i8: 3 GB less at a hundred million, beside 12 of embeddings
 
 BLOCK = 262_144  # items drawn at a time: 64 MB at d = 64
 PEOPLE_BLOCK = 1_024
@@ -82,6 +83,10 @@ class World:
     @property
     def table_type(self) -> type[np.floating[Any]]:
         return np.float32 if self.n < SMALL_TYPES else np.float16
+
+    @property
+    def features_type(self) -> type[np.generic]:
+        return self.table_type if self.n < LEAST_TYPES else np.int8
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -147,7 +152,7 @@ def draw_items(world: World, say: Say) -> NDArray[np.int16]:
     world.save("popular", np.argsort(rank)[:POPULAR])
     world.save("item_ids", 1_000_000 + np.random.default_rng(n).permutation(n))
     shapes = {"latent": LATENT, "content": CONTENT, "features": FEATURES}
-    types = {"latent": np.float16, "content": np.float16, "features": world.table_type}
+    types = {"latent": np.float16, "content": np.float16, "features": world.features_type}
     wide = {name: world.create(name, types[name], n, width) for name, width in shapes.items()}
     narrow = {"quality": np.float32, "price": np.float32, "year": np.int16, "cluster": np.int16}
     columns: dict[str, Array] = {column: np.empty(n, dtype) for column, dtype in narrow.items()}
@@ -193,7 +198,7 @@ def _block_drawer(world: World) -> Callable[[int, NDArray[np.float64]], dict[str
             "cluster": cluster,
             "latent": latent,
             "content": latent @ mixing + BLURRED * rng.standard_normal((n, CONTENT), np.float32),
-            "features": np.concatenate([told, others], axis=1),
+            "features": stored(np.concatenate([told, others], axis=1), world.features_type),
             "quality": quality,
             "price": np.round(np.exp(3 + 0.6 * log_price), 2),
             "year": year,
@@ -226,7 +231,7 @@ def draw_people(world: World, cluster: NDArray[np.int16], say: Say) -> Choices:
         taste[people] = unit(blend + 0.3 * unit(rng.standard_normal((n, LATENT))))
         of = np.take_along_axis(mine, rng.choice(len(MIXED), (n, MET), p=MIXED), axis=1)
         met = np.sort(by_popularity[first[of] + (rng.random((n, MET)) ** 2.5 * sizes[of]).astype(np.int64)], axis=1)
-        z, told = np.asarray(latent[met], np.float32), np.asarray(features[met, : len(TOLD_APART)], np.float32)
+        z, told = np.asarray(latent[met], np.float32), real(features[met, : len(TOLD_APART)])
         again = np.concatenate([np.zeros((n, 1), np.bool_), met[:, 1:] == met[:, :-1]], axis=1)
 
         logits = world.truth.logits(taste[people, None], z, told)

@@ -24,6 +24,7 @@ from models.linear import logistic_regression
 Floats = NDArray[np.float32]
 
 HISTORY, MOMENT, FEATURES = 50, 8, 32  # items of a history, numbers of a context and of an item that models read
+STEP = 0.04  # of features in eight bits, which then reach to 5.08 either way
 HIDDEN = (512, 256, 128)  # of the re-ranker, unless the world is asked for others
 TOWER_HIDDEN = 128
 CONTEXT_PULL = 0.3  # how far the tower's network moves a person, whose own embedding has length 1 or so
@@ -56,13 +57,14 @@ user_tower (float[1,{length},{d}] history, float[1,{length}] mask, float[1,{mome
 }}
 """
 
-# `user` is wanted row by row, as exporters write it; pack sends it once and expands it.
+# `user` is wanted row by row, as exporters write it; pack sends it once and expands it. Features in eight bits come as
+# integers, of which one is worth a step.
 RE_RANKER = """
 <ir_version: 10, opset_import: ["": 17]>
-re_ranker (float[n,{d}] user, float[n,{d}] item, float[n,{features}] features) => (float[n,1] p)
+re_ranker (float[n,{d}] user, float[n,{d}] item, {type}[n,{features}] features) => (float[n,1] p)
 {{
-  cross = Mul(user, item)
-  x = Concat<axis=1>(user, item, cross, features)
+{scaled}  cross = Mul(user, item)
+  x = Concat<axis=1>(user, item, cross, {read})
   a1 = Gemm(x, w1, b1)
   h1 = Relu(a1)
   a2 = Gemm(h1, w2, b2)
@@ -74,12 +76,18 @@ re_ranker (float[n,{d}] user, float[n,{d}] item, float[n,{features}] features) =
 }}
 """
 
+SCALED = """  whole = Cast<to=1>(features)
+  step = Constant<value_float={step}>()
+  scaled = Mul(whole, step)
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """Retrieved candidates of many requests, in columns of equal length n.
 
-    user, item f32[n, d]; features f32[n, 32]; named f32[n, F], the features of `PRE_RANKER` as the service has them.
+    user, item f32[n, d]; features f32[n, 32], `real`; named f32[n, F], the features of `PRE_RANKER` as the service has
+    them.
     """
 
     user: Floats
@@ -112,12 +120,29 @@ def user_tower_of(weights: dict[str, NDArray[Any]]) -> onnx.ModelProto:
     return _with_weights(TOWER.format(length=HISTORY, d=weights["popular"].shape[1], moment=MOMENT), weights)
 
 
-def re_ranker_of(weights: dict[str, NDArray[Any]], d: int) -> onnx.ModelProto:
-    """The graph at the top: w1 to w4, [in, out] each, with b1 to b4."""
-    return _with_weights(RE_RANKER.format(d=d, features=FEATURES), weights)
+def stored(features: Floats, dtype: type[np.generic]) -> NDArray[Any]:
+    """Features as a table of this type holds them; i8: in steps."""
+    if dtype is np.int8:
+        return np.clip(np.rint(features / STEP), -127, 127).astype(np.int8)
+    return features.astype(dtype)
 
 
-def re_ranker(found: Found, rng: np.random.Generator, hidden_layers: tuple[int, ...] = HIDDEN) -> onnx.ModelProto:
+def real(features: NDArray[Any]) -> Floats:
+    """The features that a table holds."""
+    return np.asarray(features, np.float32) * np.float32(STEP if features.dtype == np.int8 else 1)
+
+
+def re_ranker_of(weights: dict[str, NDArray[Any]], d: int, features: type[np.generic]) -> onnx.ModelProto:
+    """The graph at the top: w1 to w4, [in, out] each, with b1 to b4. features: the type of their table."""
+    way = {"type": "float", "scaled": "", "read": "features"}
+    if features is np.int8:
+        way = {"type": "int64", "scaled": SCALED.format(step=STEP), "read": "scaled"}
+    return _with_weights(RE_RANKER.format(d=d, features=FEATURES, **way), weights)
+
+
+def re_ranker(
+    found: Found, rng: np.random.Generator, hidden_layers: tuple[int, ...], features: type[np.generic]
+) -> onnx.ModelProto:
     """The graph at the top, its last layer fitted on these candidates. hidden_layers: units of each, three."""
     weights = _first_layer(found, rng, hidden_layers[0])
     hidden = _activations(found, weights)
@@ -130,7 +155,7 @@ def re_ranker(found: Found, rng: np.random.Generator, hidden_layers: tuple[int, 
     logits = hidden @ w + b
     stretch = SPREAD / logits.std()
     weights |= {"w4": (stretch * w)[:, None], "b4": np.array([stretch * (b - logits.mean()) + MEAN])}
-    return re_ranker_of(weights, found.user.shape[1])
+    return re_ranker_of(weights, found.user.shape[1], features)
 
 
 def taste(found: Found, rng: np.random.Generator) -> Floats:

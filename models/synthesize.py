@@ -7,7 +7,7 @@
 The same command gives the same files (it keeps numpy and torch to one thread: on two, sums differ in the last digit).
 Embeddings and features are f32 up to four million items: gathering 8,000 rows of a million × 64 and multiplying takes
 0.6 ms, from f16 1.6 ms (np.take, one thread, AVX-512, 2026-11): numpy widens f16 more slowly than memory delivers
-the other half. Above that they are f16, so that they fit.
+the other half. Above that they are f16, and above twenty million features are i8, so that they fit.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from models import index, stand_ins
 from models.made_up import HISTORY, MOMENT, Choices, Floats, K, Rows, Say, World, draw, unit, write_requests
 from models.pack import check_recall, check_target, pack
 from models.pack_config import PackError
-from models.stand_ins import PRE_RANKER, Found
+from models.stand_ins import PRE_RANKER, Found, real, stored
 from models.truth import LATENT, TOLD, probability
 
 FEWEST_ITEMS = 1_000
@@ -155,10 +155,12 @@ def make_models(world: World, choices: Choices, say: Say, *, is_trained: bool) -
         say(f"models: of {N_SHOWN * rows.size:,} shown, {shown.mean():.3f} were clicked")
         re_ranker = taught.fit_re_ranker(world, found, shown.astype(np.float32).ravel(), say)
     else:
-        re_ranker = stand_ins.re_ranker(found, rng, world.hidden)
+        re_ranker = stand_ins.re_ranker(found, rng, world.hidden, world.features_type)
     onnx.save(re_ranker, world.folder / "re_ranker.onnx")
     session = open_session(re_ranker.SerializeToString(), "re_ranker.onnx")
-    feeds = {"user": found.user, "item": found.item, "features": found.features}
+    features = stored(found.features, world.features_type)
+    features = features.astype(np.int64 if features.dtype == np.int8 else np.float32)  # as `read_rows` does
+    feeds = {"user": found.user, "item": found.item, "features": features}
     scores = np.asarray(run_model(session, feeds), np.float32).reshape(-1)
     weights, bias = stand_ins.pre_ranker(found, scores)
     names, linear = np.array(PRE_RANKER), weights.astype(np.float32)
@@ -204,13 +206,13 @@ def _found(world: World, people: Sequence[Person], users: Floats, rows: Rows) ->
         item = np.asarray(tables["embedding"][mine], np.float32)
         given = Candidates(mine, item @ user, np.ones(len(mine), np.uint32), user)
         named = named_features(PRE_RANKER, Inputs(tables, person, given, {}))
-        parts.append((np.tile(user, (len(mine), 1)), item, np.asarray(tables["features"][mine], np.float32), named))
+        parts.append((np.tile(user, (len(mine), 1)), item, real(tables["features"][mine]), named))
     return Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _probabilities(world: World, choices: Choices, rows: Rows) -> Floats:
     """f32[q, c]: how likely each person would click each of these, shown at the moment of the choice."""
     taste = world.truth.moved(world.open("taste")[choices.person], choices.moment)
-    told = np.asarray(world.open("features")[rows, : len(TOLD)], np.float32)
+    told = real(world.open("features")[rows, : len(TOLD)])
     latent = np.asarray(world.open("latent")[rows], np.float32)
     return probability(world.truth.logits(taste[:, None], latent, told))[:, 0]

@@ -141,7 +141,7 @@ def fit_re_ranker(world: World, found: Found, clicked: Floats, say: Show) -> onn
         return F.binary_cross_entropy_with_logits(layers.stack(inputs[rows])[:, 0], targets[rows])
 
     descend("re-ranker", list(layers.stack.parameters()), RE_RANKER, len(x), loss_of, world.seed, say)
-    return re_ranker_of(layers.weights(), world.d)
+    return re_ranker_of(layers.weights(), world.d, world.features_type)
 
 
 def _stack(width: int, hidden: tuple[int, ...]) -> nn.Sequential:

@@ -23,7 +23,7 @@ from app.flow import best_first
 from models import evaluate
 from models.metrics import Estimate, ndcg_loss, over_people
 from models.pack_config import PackError
-from models.stand_ins import MOMENT, TOLD_APART
+from models.stand_ins import MOMENT, TOLD_APART, real
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -157,7 +157,7 @@ def _person(request: evaluate.Request) -> int:
 def _gains(truth: Truth, taste: Floats, latent: Array, features: Array) -> Iterator[Floats]:
     for start in range(0, len(latent), BLOCK):
         part = slice(start, start + BLOCK)
-        told = np.asarray(features[part, : len(TOLD)], np.float32)
+        told = real(features[part, : len(TOLD)])
         yield probability(truth.logits(taste[None], np.asarray(latent[part], np.float32), told))[0]
 
 

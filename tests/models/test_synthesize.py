@@ -211,3 +211,20 @@ def test_the_re_ranker_is_as_large_as_asked(tmp_path: Path) -> None:
     size = (tmp_path / "small/re_ranker.onnx").stat().st_size
     assert 4 * n_weights < size < 4 * n_weights + 2_000
     assert main([*small[:6], "16,8", *small[7:], "--force"]) == 2
+
+
+def test_above_twenty_million_items_features_are_kept_in_eight_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Generation, folder: Path
+) -> None:
+    monkeypatch.setattr(made_up, "LEAST_TYPES", N)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert main(["synthesize", "--items", str(N), "--dim", str(D), "--out", str(tmp_path / "w1")]) == 0
+    kept = load(tmp_path / "w1")
+    assert kept.tables["features"].dtype == np.int8
+    assert np.abs(0.04 * kept.tables["features"] - world.tables["features"]).max() <= 0.0201
+    asked = evaluate.read_requests(folder / "first/w1.requests.jsonl")[:200]
+    quality = [
+        truth.judge(g, asked, at / "w1.truth.npz").funnel.value
+        for g, at in ((world, folder / "first"), (kept, tmp_path))
+    ]
+    assert quality[1] > quality[0] - 0.02
