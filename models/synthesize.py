@@ -25,7 +25,7 @@ from models import index, stand_ins
 from models.made_up import HISTORY, MOMENT, Choices, Floats, K, Rows, Say, World, draw, unit, write_requests
 from models.pack import check_recall, check_target, pack
 from models.pack_config import PackError
-from models.stand_ins import PRE_RANKER, Found, real, stored
+from models.stand_ins import Found, pre_ranker_names, real, stored
 from models.truth import LATENT, TOLD, probability
 
 FEWEST_ITEMS = 1_000
@@ -109,9 +109,19 @@ def synthesize(
     if n_items < FEWEST_ITEMS or d < 2:
         raise PackError(f"--items, --dim: are {n_items:,}, {d}; allowed are {FEWEST_ITEMS:,} and 2, or more")
     check_recall(recall)
+    if seed < 0:
+        raise PackError(f"--seed: is {seed}; allowed is 0 or more")
     check_target(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent) as folder:
+    made_beside = {name: out.with_name(f"{out.name}.{name}") for name in ("truth.npz", "requests.jsonl")}
+    for file in made_beside.values():
+        if file.exists() and not force:
+            raise PackError(f"{file}: is there already; --force replaces it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        source = tempfile.TemporaryDirectory(prefix=f".{out.name}.source.", dir=out.parent)
+    except OSError as e:
+        raise PackError(f"--out {out}: {e.strerror}; allowed is a directory that can be written") from e
+    with source as folder:
         world = World(n_items, d, seed, Path(folder), hidden)
         choices = draw(world, say)
         n_samples = min(max(FEWEST_SAMPLES, n_items // ITEMS_A_SAMPLE), N_REQUESTS)
@@ -123,8 +133,8 @@ def synthesize(
         world.truth.save(world.folder / "truth.npz", *map(world.open, ("taste", "latent", "price")))
         write_requests(world, "requests", N_REQUESTS, world.folder / "requests.jsonl", is_history_sent=False)
         pack(world.folder / "pack.toml", out, recall=recall, may_hoist=False, force=force, say=say)
-        for beside in ("truth.npz", "requests.jsonl"):
-            (world.folder / beside).replace(out.with_name(f"{out.name}.{beside}"))
+        for name_beside, file in made_beside.items():
+            (world.folder / name_beside).replace(file)
         say(f"requests: {N_REQUESTS:,} in {out}.requests.jsonl; the truth is in {out}.truth.npz")
     return out
 
@@ -163,7 +173,7 @@ def make_models(world: World, choices: Choices, say: Say, *, is_trained: bool) -
     feeds = {"user": found.user, "item": found.item, "features": features}
     scores = np.asarray(run_model(session, feeds), np.float32).reshape(-1)
     weights, bias = stand_ins.pre_ranker(found, scores)
-    names, linear = np.array(PRE_RANKER), weights.astype(np.float32)
+    names, linear = np.array(pre_ranker_names(world.features_type)), weights.astype(np.float32)
     np.savez(world.folder / "pre_ranker.npz", names=names, weights=linear, bias=np.float32(bias))
     low, middle, high = np.quantile(scores, [0.05, 0.5, 0.95])
     say(f"models: scores {low:.3f}, {middle:.3f}, {high:.3f} at 5, 50 and 95 % of {len(scores):,} candidates")
@@ -205,7 +215,7 @@ def _found(world: World, people: Sequence[Person], users: Floats, rows: Rows) ->
     for person, user, mine in zip(people, users, rows, strict=True):
         item = np.asarray(tables["embedding"][mine], np.float32)
         given = Candidates(mine, item @ user, np.ones(len(mine), np.uint32), user)
-        named = named_features(PRE_RANKER, Inputs(tables, person, given, {}))
+        named = named_features(pre_ranker_names(world.features_type), Inputs(tables, person, given, {}))
         parts.append((np.tile(user, (len(mine), 1)), item, real(tables["features"][mine]), named))
     return Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
