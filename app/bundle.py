@@ -56,6 +56,12 @@ class Ids:
     def __len__(self) -> int:
         return len(self.loaded)
 
+    @property
+    def allowed(self) -> str:
+        """What an id must be to be held, in words."""
+        width = self.ids.dtype.itemsize // 4
+        return f"text of up to {width} characters" if self.is_text else f"a whole number, {self.low} to {self.high}"
+
     def fits(self, wanted: Sequence[Id]) -> Mask:
         """bool[len(wanted)]: whether the table's type can hold them; ten thousand take a millisecond."""
         if self.is_text:  # numpy drops trailing NULs from text
@@ -251,7 +257,7 @@ def _ids(folder: Path, *, is_verified: bool) -> Ids:
     require(are_rows, f"{folder.name}/id_order.npy: must hold each row of ids.npy once")
     ordered = ids[order]
     require(not np.any(ordered[1:] <= ordered[:-1]), f"{name}: ids are not unique, or id_order.npy is not their order")
-    return _ids(folder, is_verified=True)  # mapped anew: what was touched to prove them isn't held
+    return Ids(ids, order)
 
 
 def _vocab(folder: Path) -> dict[str, dict[str, int]]:
@@ -313,7 +319,8 @@ def check_shapes(g: Generation) -> None:
     are_floats = embedding is not None and embedding.ndim == 2 and embedding.dtype.kind == "f"
     require(are_floats, "items/embedding.npy: must be there, floats of shape [items, d]")
     _check_tables(ITEMS, g.tables, n, "fiuU")
-    is_whole = (g.index.ntotal, g.index.d, retriever.n) == (n, g.d, n)
+    require(retriever.n == n, f"manifest.json: retrievers.0.n is {retriever.n}, items are {n}")
+    is_whole = (g.index.ntotal, g.index.d) == (n, g.d)
     require(is_whole, f"{retriever.index}: holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}")
     require(g.index.metric_type == faiss.METRIC_INNER_PRODUCT, f"{retriever.index}: its metric must be inner product")
     are_rows = g.popular.ndim == 1 and len(np.unique(g.popular)) == len(g.popular) and _are_rows(g.popular, n)

@@ -14,6 +14,7 @@ WinnowError
 ├── ServerError              something outside this request broke
 │   ├── BundleError              a bundle that must not be served: names the file
 │   ├── StageFailed              a model, an index or a worker failed: a fallback takes its place
+│   │   └── Deadly                   workers ended over this request: nobody else should try it
 │   └── DeadlineMissed           only for `strict`: the full funnel did not fit the deadline
 └── ContractError            our bug: loud, never degraded away
 """
@@ -110,6 +111,10 @@ def require(is_so: bool, sentence: str, otherwise: type[Exception] = BundleError
 
 class StageFailed(ServerError):
     """A model, an index or a worker failed; the funnel puts a fallback in its place."""
+
+
+class Deadly(StageFailed):
+    """Two processes that worked on this request ended; it isn't tried in another."""
 
 
 class DeadlineMissed(ServerError):

@@ -26,7 +26,7 @@ from app.control.deadline import Deadline
 from app.control.degradation import BY_TIME, REASONS, USER_LATE, degradation, narrowed
 from app.control.loss import expected_loss
 from app.control.quality import POWERS
-from app.errors import ContractError, StageFailed, require
+from app.errors import ContractError, Deadly, StageFailed, require
 from app.flow import Candidates, Outcome, Query, Ranking, RequestScope, Scored, Sent, Stage, StageReport, Told
 from app.settings import Limits
 from app.stages import preranking, reranking, retrieval, selection
@@ -105,15 +105,19 @@ class Funnel:
         sent: the same, not yet resolved, for the runner.
         Raises: what `resolve` raises; ContractError, which is always our bug.
         """
+        is_deadly = False
         if self.runner and sent:
             left_s = deadline.limit(now := time.monotonic(), self.reserve_s)
-            with suppress(StageFailed, TimeoutError):
+            try:
                 async with asyncio.timeout(left_s):
                     until = now + WAIT_SHARE * (left_s - self.narrow_s(quality, deadline.timeout_s))
                     return await self.runner.rank(sent, deadline, quality, until)
+            except (StageFailed, TimeoutError) as e:
+                is_deadly = isinstance(e, Deadly)
         is_small = len(self.generation.popular) <= MOST_POPULAR
         is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
-        return await self.finish(*await self._narrowed(resolve, deadline, quality, is_small=is_small))
+        kind = {"is_small": is_small, "is_deadly": is_deadly}
+        return await self.finish(*await self._narrowed(resolve, deadline, quality, **kind))
 
     async def narrow(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, *, is_late: bool = False
@@ -134,14 +138,17 @@ class Funnel:
         """The second half: the query as resolved, and the answer."""
         return query, self.select(scope, query, await self.run(self.reranking, scope, query, coarse))
 
-    async def _narrowed(self, resolve: Resolve, deadline: Deadline, quality: float, *, is_small: bool) -> Narrowed:
+    async def _narrowed(
+        self, resolve: Resolve, deadline: Deadline, quality: float, *, is_small: bool, is_deadly: bool
+    ) -> Narrowed:
         """The first half by a thread; where its time is over without a search, and then without the person.
 
         is_small: the last takes less than to wait for a thread beside busy workers; else up to 10 ms.
+        is_deadly: without a search in any case.
         """
         narrow = partial(self.narrow, resolve, deadline, quality)
         search_s = (1 - LATE_SHARE) * deadline.limit(time.monotonic(), self.reserve_s)
-        if search_s > self.narrow_s(quality, deadline.timeout_s):
+        if not is_deadly and search_s > self.narrow_s(quality, deadline.timeout_s):
             with suppress(TimeoutError):  # a search can't be stopped: it goes on in its thread, unheard
                 async with asyncio.timeout(search_s):
                     return await asyncio.to_thread(outcome_of, narrow)

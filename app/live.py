@@ -119,7 +119,7 @@ def _next(generation: Generation, asked: ItemsRequest) -> tuple[Live, int]:
 def _ids(generation: Generation, items: Sequence[NewItem]) -> Array:
     ids: list[int | str] = [item.id for item in items]
     for i in np.flatnonzero(~generation.ids.fits(ids))[:1]:
-        raise InvalidRequest(FieldError(f"add.{i}.id", shown(ids[i]), f"an id of type {generation.ids.ids.dtype}"))
+        raise InvalidRequest(FieldError(f"add.{i}.id", shown(ids[i]), generation.ids.allowed))
     return np.array(ids, generation.ids.ids.dtype)
 
 
@@ -166,8 +166,9 @@ def apply(generation: Generation, change: Change) -> None:
     room, first = generation.room, generation.live.n_added
     for name, column in change.columns.items():
         room.tables[name][first : first + len(column)] = column
-    generation.ids.added |= {item: generation.n_items + i for i, item in enumerate(change.added)}
-    room.live = change.after
+    added = {item: generation.n_items + i for i, item in enumerate(change.added)}
+    room.live = change.after  # before the ids: who finds one finds its row
+    generation.ids.added |= added
 
 
 # ------------------------------------------------------------------------------------------- journal
@@ -189,7 +190,8 @@ class Journal(NamedTuple):
             with self.file.open("a+b") as f:
                 f.seek(0)
                 *lines, torn = f.read().split(b"\n")
-                f.truncate(f.tell() - len(torn))
+                if torn:
+                    f.truncate(f.tell() - len(torn))
             folder = os.open(self.file.parent, os.O_RDONLY)
             os.fsync(folder)  # or a file that is new may be gone after a power cut
             os.close(folder)

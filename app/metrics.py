@@ -35,7 +35,7 @@ EDGES = ("wanted", "done", "out")  # of a stage: candidates wanted, scored and p
 WORKER_STATES = ("alive", "starting", "backing_off")
 WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
-PAGE = 4096
+PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 # Shares of the SLA at which latency is counted: an edge exactly at it, at half and at twice.

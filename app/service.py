@@ -7,6 +7,7 @@ permit; one that leaves is closed when its last request has ended.
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +23,16 @@ from app.flow import Sent, Told
 from app.funnel import Funnel
 from app.gate import Gate, Phase
 from app.keys import read_keys
-from app.manifest import read_manifest
 from app.metrics import Metrics
 from app.settings import Settings
-from app.warmup import measured, prove, prove_aside
+from app.warmup import measured, prove_aside
 from app.workers.pool import WorkerPool
 from app.workers.process import FORKS, start_server
 from app.workers.worker import Given
 
 log = logging.getLogger(__name__)
+
+SENT_SHARE = 0.1  # of the SLA: a request that took its client longer to send says nothing of the load
 
 
 @dataclass(slots=True, eq=False)
@@ -73,8 +75,8 @@ class Service:
         except OSError as e:
             why = f"workers can't be started: {e.strerror}; a directory for temporary files is needed"
             raise ServerError(why) from e
-        generation = await asyncio.to_thread(load, self.settings.bundle)
-        await asyncio.to_thread(asyncio.run, prove(generation))  # on a loop of its own: ours answers 503
+        digest = await _prove_apart(self.settings.bundle, is_yielding=False)
+        generation = await asyncio.to_thread(load, self.settings.bundle, digest, is_verified=True)
         self.held["serving"] = opened = await self._open(generation)
         self.gate.expects(opened.funnel.seconds(FLOOR), opened.pool.n_workers)
         self.gate.phase = Phase.SERVING
@@ -87,7 +89,8 @@ class Service:
         generation = live.changeable(generation, s.live_room)
         costs = await asyncio.to_thread(measured, generation, is_yielding=is_yielding)
         journal = self._journal(generation)
-        changes = await asyncio.to_thread(journal.read)
+        async with self.changing:  # or a line that is being written would be taken for torn
+            changes = await asyncio.to_thread(journal.read)
         await asyncio.to_thread(live.replay, generation, changes, str(journal.file))
         given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs, self.gate.sla_s)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
@@ -114,18 +117,17 @@ class Service:
         """Begin to load a bundle aside; `loading` tells how it goes. Raises NotThere, Conflict, CapacityError."""
         require(self.gate.phase is Phase.SERVING, f"the service is {self.gate.phase.value}", CapacityError)
         require(self.loading.get("state") != "loading", f"{self.loading.get('path')} is being loaded", Conflict)
-        require(path.is_dir(), f"{path}: no such directory", NotThere)
+        require(os.path.isdir(path), f"{path}: no such directory", NotThere)  # noqa: PTH112  (of any text)
         self.loading = {"path": str(path), "state": "loading", "error": None}
         self.activates = activate
         self._keep(asyncio.create_task(self._load(path), name="load"))
 
     async def _load(self, path: Path) -> None:
         try:
-            await _prove_apart(path)
-            _, digest = await asyncio.to_thread(read_manifest, path)
-            held = {one.generation.digest: role for role, one in self.held.items() if role != "previous"}
+            digest = await _prove_apart(path, is_yielding=True)
+            held = {one.generation.digest: role for role, one in self.held.items()}  # with what was added and removed
             if (role := held.get(digest, "")) == "":
-                opened = await self._open(await asyncio.to_thread(load, path, is_verified=True))
+                opened = await self._open(await asyncio.to_thread(load, path, digest, is_verified=True))
                 self._hold(role := "candidate", opened)
             self.loading["state"] = "ready"
             if self.activates and role != "serving":
@@ -164,25 +166,14 @@ class Service:
                     raise CapacityError(f"the change can't be kept: {e}") from e
                 live.apply(generation, change)
                 serving.pool.change(change.line)
-                self._share_changes(serving)
         return {"generation": generation.name, "is_kept": journal.file is not None} | change.counts
 
     def _journal(self, generation: Generation) -> live.Journal:
         return live.Journal((at := self.settings.live_journal) and at / f"{generation.digest}.jsonl")
 
-    def _share_changes(self, known: Serving) -> None:
-        """With the same bundle loaded once more, before it may serve."""
-        for one in self.held.values():
-            is_same = one.generation.digest == known.generation.digest
-            for line in known.pool.changes[len(one.pool.changes) :] if is_same else ():
-                live.replay(one.generation, [line])
-                one.pool.change(line)
-
     def _hold(self, role: str, what: Serving) -> None:
         """Give a role to a generation; who had it leaves."""
         left, self.held[role] = self.held.get(role), what
-        for one in [*self.held.values()]:
-            self._share_changes(one)
         if left:
             self._close_if_left(left)
 
@@ -220,7 +211,8 @@ class Service:
                 took_s = time.monotonic() - started
                 worked_s = took_s if told.seconds is None else told.seconds
                 stages = {r.stage.label: r.seconds for r in told.reports}
-                if deadline.timeout_s >= self.gate.sla_s:
+                is_prompt = complete_at - received_at <= SENT_SHARE * self.gate.sla_s
+                if deadline.timeout_s >= self.gate.sla_s and is_prompt:
                     self.gate.finished(started, time.monotonic() - complete_at, told.extra_s)
                 self.gate.expects(serving.funnel.seconds(FLOOR), serving.pool.n_workers)
                 self.metrics.ranked(told)
@@ -230,15 +222,16 @@ class Service:
                 self._close_if_left(serving)
 
 
-async def _prove_apart(path: Path) -> None:
-    """Verify and prove a bundle in another process. Raises BundleError with its sentence."""
+async def _prove_apart(path: Path, *, is_yielding: bool) -> str:
+    """Verify and prove a bundle in another process. Returns its digest. Raises BundleError with its sentence."""
     ours, theirs = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=prove_aside, args=(path, theirs), daemon=True)
-    process.start()
+    process = FORKS.Process(target=prove_aside, args=(path, theirs, is_yielding), daemon=True)
+    await asyncio.to_thread(process.start)
     theirs.close()
     try:
-        if why := await asyncio.to_thread(ours.recv):
-            raise BundleError(why)
+        digest, why = await asyncio.to_thread(ours.recv)
+        require(digest, why, BundleError)
+        return str(digest)
     except EOFError as e:
         process.join()
         raise BundleError(f"{path}: the process that checked it ended with code {process.exitcode}") from e

@@ -79,14 +79,15 @@ async def prove(generation: Generation) -> None:
             await _prove_one(funnel, golden, f"manifest.json: golden request {number}")
 
 
-def prove_aside(path: Path, said: Connection) -> None:
-    """Verify and prove a bundle in a process of its own, which yields to everybody; says why it is refused, or ""."""
-    yield_to_everybody()
+def prove_aside(path: Path, said: Connection, is_yielding: bool) -> None:
+    """Verify and prove a bundle in a process of its own; says its digest, and why it is refused: one of them is ""."""
+    if is_yielding:
+        yield_to_everybody()
     try:
-        asyncio.run(prove(load(path)))
-        said.send("")
+        asyncio.run(prove(generation := load(path)))
+        said.send((generation.digest, ""))
     except BundleError as e:
-        said.send(str(e))
+        said.send(("", str(e)))
 
 
 async def _prove_one(funnel: Funnel, golden: Golden, where: str) -> None:
@@ -105,4 +106,5 @@ async def _prove_one(funnel: Funnel, golden: Golden, where: str) -> None:
     for item, expected, at_place in zip(golden.items, golden.scores, scores, strict=True):
         # Where two items changed places, both scores must still be what they were: a tie, to the tolerance.
         is_same = item in found and np.allclose((found[item], at_place), expected, TOLERANCE, TOLERANCE)
-        require(is_same, f"{where} gives item {item} the score {found.get(item)}, the manifest says {expected}")
+        said = f"item {item} the score {found.get(item)}, and its place {at_place}; the manifest says {expected}"
+        require(is_same, f"{where} gives {said}")

@@ -255,16 +255,17 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     Microseconds for a small body, up to 10 ms for the largest.
     Raises: InvalidRequest, for filters and features that this bundle doesn't have.
     """
-    user, live = request.user, generation.live
+    user = request.user
     person, n_ignored = users.resolve(user.id, user.history, asked(request), generation, is_late=is_late)
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
+    live = generation.live  # after the look-ups: it knows where an item is that was added again meanwhile
     return Query(
         request_id=request_id,
         person=person,
         k=request.k or generation.manifest.funnel.k,
         filters=tuple(_filter(i, f, generation) for i, f in enumerate(request.filters)),
-        exclude=sealed(np.sort(exclude[exclude != NO_ROW])),
+        exclude=sealed(np.sort(live.present(exclude[exclude != NO_ROW]))),
         candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,

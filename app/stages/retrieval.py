@@ -1,9 +1,9 @@
 """Retrieval: the person's embedding, then the items nearest to it by inner product.
 
 It owns the user tower and the index, and it alone adds candidates. Filters and exclusions hold inside the search:
-where few rows match a filter, or the index kind can't select, the matching rows are searched exactly. So are items that
-were added since the index was made; what was removed since is left out of it. Scores
-are always exact inner products with the stored embeddings, whatever the index approximates.
+where few rows match a filter, or so many were removed that the index finds too few, what is left is searched exactly.
+So are items that were added since the index was made; what was removed since is left out of it. Scores are always
+exact inner products with the stored embeddings, whatever the index approximates.
 """
 
 from functools import reduce
@@ -97,34 +97,32 @@ class Retrieval:
     # ------------------------------------------------------------------------------------- search
 
     def _search(self, query: Query, user: F32, width: int) -> tuple[Rows, Scores]:
-        excluded = self._excluded(query)
-        if query.filters:
-            eligible = self._matching(query.filters, slice(len(self.generation.ids) + query.live.n_added))
-            if query.live.epoch:
-                eligible &= np.unpackbits(query.live.bits, count=len(eligible), bitorder="little").view(np.bool_)
-            eligible[excluded[excluded < len(eligible)]] = False
-            if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
-                found = self._search_index(user, width, query.live, eligible)
-                if len(found[0]) == width:
-                    return found
-            return self._search_exactly(np.flatnonzero(eligible), user, width)
-        rows, scores = self._search_index(user, width + len(excluded), query.live)
-        is_allowed = is_other(rows, excluded)
-        return rows[is_allowed][:width], scores[is_allowed][:width]
+        excluded, live = self._excluded(query), query.live
+        if not query.filters:
+            rows, scores = self._search_index(user, width + len(excluded), live)
+            if len(rows) == width + len(excluded) or not live.has_lost:
+                is_allowed = is_other(rows, excluded)
+                return rows[is_allowed][:width], scores[is_allowed][:width]
+        n = len(self.generation.ids) + live.n_added  # few are left, or match
+        eligible = np.ones(n, np.bool_) & self._matching(query.filters, slice(n))
+        if live.epoch:
+            eligible &= np.unpackbits(live.bits, count=n, bitorder="little").view(np.bool_)
+        eligible[excluded[excluded < n]] = False
+        if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
+            found = self._search_index(user, width, live, eligible)
+            if len(found[0]) == width:
+                return found
+        return self._search_exactly(np.flatnonzero(eligible), user, width)
 
     def _search_index(self, user: F32, width: int, live: Live, eligible: Mask | None = None) -> tuple[Rows, Scores]:
-        n_fetched = min(self.generation.index.ntotal, int(width * self.retriever.overfetch))
-        bits = (
-            np.packbits(eligible, bitorder="little") if eligible is not None else live.bits if live.has_lost else None
-        )
+        n = min(self.generation.index.ntotal, int(width * self.retriever.overfetch))
+        bits = live.bits if live.has_lost else None
+        bits = bits if eligible is None else np.packbits(eligible, bitorder="little")
+        parameters = self._parameters(None if bits is None else faiss.IDSelectorBitmap(bits), n)
         try:
-            scores, rows = self._nearest(user, n_fetched, None if bits is None else faiss.IDSelectorBitmap(bits))
-        except StageFailed:
-            if bits is None:
-                raise
-            if eligible is not None:  # this kind can't select: the exact search does it
-                return np.empty(0, np.int64), np.empty(0, np.float32)
-            scores, rows = self._nearest_of_kept(user, n_fetched, live)
+            (scores,), (rows,) = self.generation.index.search(user[None], n, params=parameters)
+        except RuntimeError as e:
+            raise StageFailed(f"index: {e}") from e
         rows, scores = rows[rows >= 0], scores[rows >= 0]
         if live.n_added:
             fresh = len(self.generation.ids) + np.arange(live.n_added)
@@ -132,23 +130,6 @@ class Retrieval:
         if live.n_added or self.retriever.kind.startswith("ivf"):
             return self._search_exactly(rows, user, width)
         return rows[:width], scores[:width]
-
-    def _nearest(self, user: F32, n: int, selector: Any = None) -> tuple[Scores, Rows]:
-        try:
-            (scores,), (rows,) = self.generation.index.search(user[None], n, params=self._parameters(selector, n))
-        except RuntimeError as e:
-            raise StageFailed(f"index: {e}") from e
-        return scores, rows
-
-    def _nearest_of_kept(self, user: F32, n: int, live: Live) -> tuple[Scores, Rows]:
-        """Where the index can't leave out what was removed: ever wider, until so many are left, or it has no more."""
-        wide = n
-        while True:
-            scores, rows = self._nearest(user, wide)
-            is_kept = (rows >= 0) & live.keeps(np.maximum(rows, 0))
-            if np.count_nonzero(is_kept) >= n or wide == self.generation.index.ntotal or rows[-1] < 0:
-                return scores[is_kept], rows[is_kept]
-            wide = min(2 * wide, self.generation.index.ntotal)
 
     def _parameters(self, selector: Any, n_fetched: int) -> Any:
         search = self.retriever.search

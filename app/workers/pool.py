@@ -3,7 +3,8 @@
 A job is a request that one worker takes its whole way, or a shard of one that several share. Workers pull: each holds
 one job at a time and gets the next when it has answered, so a slow one gets less. A job that is late is sent once more
 to an idle worker, within a budget (control/hedging.py); the first to end wins, the other is stopped. What a dead
-worker held goes back to the head of the queue, a shard from the first row that is missing.
+worker held goes back to the head of the queue, a shard from the first row that is missing; where the next one dies of
+it as well, to nobody.
 
 There are more processes than work at a time: spares are warm, and take over the moment one dies or becomes slow. A
 worker that doesn't answer is killed; one that dies again and again is started again ever later. The pool knows nothing
@@ -12,6 +13,8 @@ of what the stages do. It is over 250 lines because both lives, a job's and a wo
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 import time
 from collections import deque
@@ -27,16 +30,15 @@ from app.control.costs import Cost
 from app.control.deadline import Deadline
 from app.control.hedging import HedgeBudget, late_after
 from app.control.quality import POWERS
-from app.errors import InvalidRequest, ServerError, StageFailed, require
+from app.errors import Deadly, InvalidRequest, ServerError, StageFailed, require
 from app.flow import Outcome, Sent, Stage, Told
 from app.metrics import Metrics
 from app.workers.messages import WAY_BACK_S, Asked, Frame, Kind, frame, generation_number, read_frames
-from app.workers.process import FORKS
+from app.workers.process import FORKS, THREADS
 from app.workers.scoring import Deliver, Shard, Slice
 from app.workers.worker import Given, work
 
 READY_S = 120.0  # for a worker to map tables and open the model, yielding to everybody meanwhile
-APART_S = 0.02  # between the starts of two workers that yield: the loop waits for each fork, a few milliseconds
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
@@ -130,7 +132,7 @@ class WorkerPool:
 
     @property
     def ready(self) -> list[_Worker]:
-        return [w for w in self.workers if w.is_ready.is_set()]
+        return [w for w in self.workers if w.is_ready.is_set() and not w.transport.is_closing()]
 
     @property
     def n_workers(self) -> int:
@@ -240,7 +242,7 @@ class WorkerPool:
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
         while self.late and idle:
             job = self.late.popleft()
-            if not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
+            if "hedge" not in job.sent and self.hedges.spend(job.n_left):
                 self._send(idle.pop(0), job, "hedge")
 
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
@@ -249,9 +251,9 @@ class WorkerPool:
         self.metrics.rows.labels(work).inc(job.n_left)
         if work == "first":
             self.hedges.earn(job.n_left)
-        worker.transport.write(frame(job.kind, self.own, worker.run, job.says(job.done)))
         after_s = late_after(self.cost.seconds(job.n_left))
         worker.timer = asyncio.get_running_loop().call_later(after_s, self._is_late, job)
+        worker.transport.write(frame(job.kind, self.own, worker.run, job.says(job.done)))
 
     def _who_has(self, job: _Job) -> list[_Worker]:
         return [worker for worker in self.workers if worker.job is job]
@@ -290,6 +292,8 @@ class WorkerPool:
     def _ended(self, job: _Job) -> None:
         """The job is done, failed or given up."""
         self.backlog -= job.n_left
+        if job in self.late:
+            self.late.remove(job)
         if job.answer.cancelled():
             self.metrics.shard("late" if job.sent else "expired", job.seconds)
         self._stop(job)
@@ -304,7 +308,6 @@ class WorkerPool:
     async def _keep_alive(self, worker: _Worker) -> None:
         """One life after the other, without end."""
         n_early_deaths = 0
-        await asyncio.sleep(APART_S * worker.number if self.is_yielding else 0.0)
         while True:
             born = time.monotonic()
             try:
@@ -333,7 +336,7 @@ class WorkerPool:
                 told = replace(self.given, changes=tuple(self.changes))
                 given = ((theirs, control), self.generation.path, self.generation.digest, told, is_yielding)
                 worker.process = FORKS.Process(target=work, args=given, daemon=True)
-                worker.process.start()
+                await asyncio.get_running_loop().run_in_executor(THREADS, worker.process.start)
             last.push_async_callback(_wait_for_end, worker.process)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             loop = asyncio.get_running_loop()
@@ -392,8 +395,11 @@ class WorkerPool:
         worker.owes.clear()
         job = worker.job
         if job and self._who_has(job) == [worker] and not job.answer.done():
-            self.metrics.shard("lost", 0.0)
-            self.queue.appendleft(job)
+            if "resend" in job.sent:
+                self._fail(job, Deadly("two workers ended over it"), "lost")
+            else:
+                self.metrics.shard("lost", 0.0)
+                self.queue.appendleft(job)
         self._release(worker)
         for waiting in [j for j in self.queue if j.kind is Kind.RANK and not self.ready]:  # these have other ways
             self._fail(waiting, StageFailed("no worker is alive"))
@@ -414,9 +420,10 @@ class WorkerPool:
             await asyncio.sleep(LOOK_S)
             for worker in self.workers:
                 worker.owes = {kind: n_looks - 1 for kind, n_looks in worker.owes.items()}
-                if 0 in worker.owes.values() and worker.process.is_alive():
+                if 0 in worker.owes.values():
                     log.warning("worker %d does not answer: killed", worker.number)
-                    worker.process.kill()
+                    with suppress(ProcessLookupError):  # its own `kill` does nothing once the server of forks is gone
+                        os.kill(worker.process.pid or 0, signal.SIGKILL)
                 if worker.is_ready.is_set():
                     self._ask(worker, Kind.PING)
                     worker.row_s *= FORGIVEN
@@ -448,8 +455,8 @@ class _Stream(asyncio.Protocol):
 async def _wait_for_end(process: BaseProcess) -> None:
     """Returns when the process has ended: by itself, since its socket is closed, or else killed."""
     try:
-        await asyncio.to_thread(process.join, CLOSE_S)
+        await asyncio.get_running_loop().run_in_executor(THREADS, process.join, CLOSE_S)
     finally:
         process.kill()
-        process.join()
+        process.join(CLOSE_S)
         log.info("process %s of a worker ended with code %s", process.pid, process.exitcode)

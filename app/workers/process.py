@@ -8,9 +8,12 @@ the first process and needs a directory for temporary files.
 import contextlib
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["app.workers.worker", "app.warmup"])
+# To start processes and wait for their ends: where workers are dead all other threads may be searching in their place.
+THREADS = ThreadPoolExecutor(8)
 
 
 def yield_to_everybody() -> None:

@@ -86,7 +86,6 @@ class Worker:
         self.connection, self.control = sockets
         self.own = generation_number(digest)
         self.generation = live.changeable(load(bundle, digest, is_verified=True), given.room)
-        live.replay(self.generation, given.changes)
         self.scorer = InProcess(ShardModel(self.generation), given.paced_row_s)
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s)
         self.funnel.retrieval.cost, self.funnel.preranking.cost = given.costs
@@ -94,6 +93,7 @@ class Worker:
         self.is_left = False  # the parent is gone
         self.sending = threading.Lock()
         self._warm_up()
+        live.replay(self.generation, given.changes)  # afterwards: they may leave nothing to be warmed by
 
     def serve(self) -> None:
         """Answer until the other end closes."""
@@ -104,7 +104,7 @@ class Worker:
                 if asked.kind is Kind.CHANGE:
                     live.replay(self.generation, [said])
                     continue
-                self.scorer.run, self.job = Run(), asked.job
+                self.job, self.scorer.run = asked.job, Run()  # a stop of the one before may come in between
                 if self.is_left or self.stopped == asked.job:  # the other socket was faster
                     self.scorer.run.stop()
                 self._answer(asked, said)

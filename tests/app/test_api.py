@@ -924,3 +924,12 @@ async def test_a_log_line_names_a_file_whose_name_is_no_text():
 async def test_each_schema_names_its_own_fields():
     with pytest.raises(InvalidRequest, match="now: no such field; allowed: path, activate"):
         wire.parse(b'{"path": "x", "now": 1}', wire.OfferRequest)
+
+
+async def test_a_request_that_its_client_sent_slowly_says_nothing_of_the_load(service):
+    body = json.dumps({"user": {"id": "cho"}}).encode()
+    now, before = time.monotonic(), service.gate.quality.value
+    arrived = (now - service.gate.sla_s, now)  # nothing of its time is left
+    told, _ = await service.rank(wire.parse(body, wire.RankRequest), body, "r-1", arrived)
+    assert told.degradations
+    assert service.gate.quality.value >= before

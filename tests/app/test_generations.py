@@ -168,7 +168,8 @@ async def test_switches_under_traffic_fail_nobody_and_mix_nothing(service, admin
     assert seen == {"tiny@1", "tiny@2"}
 
 
-async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(service, admin, other, bundle):
+async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(service, admin, other, copy):
+    reseal(copy, lambda m: m.update(version="3"))
     first, is_asked, may_answer = service.serving, asyncio.Event(), asyncio.Event()
     (pid,) = first.pool.pids().values()
     whole = first.funnel.rank
@@ -181,7 +182,7 @@ async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(
     first.funnel.rank = held_up
     answer = asyncio.create_task(rank(create_app(service), PATIENT))
     await is_asked.wait()
-    for path in (other, bundle):  # the first one leaves when the third comes
+    for path in (other, copy):  # the first one leaves when the third comes
         await offer(admin, path)
         await loaded(service)
     assert first not in service.held.values()
@@ -191,4 +192,4 @@ async def test_a_generation_that_left_is_closed_when_its_last_request_has_ended(
     await asyncio.gather(*(t for t in service.tasks if t.get_name() == "close"))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert versions(service) == {"serving": "1", "previous": "2"}
+    assert versions(service) == {"serving": "3", "previous": "2"}

@@ -28,6 +28,7 @@ from tests import world
 from tests.app.test_filters import SEARCH, index_of
 from tests.asgi import call, rank
 from tests.running import running
+from tests.seal import reseal
 
 ROOM = 4
 N_RANDOM, RNG = 400, np.random.default_rng(3)
@@ -166,7 +167,7 @@ async def test_text_ids_and_their_width(text_generation, unhurried):
     catalogue = live.changeable(text_generation, ROOM)
     change(catalogue, add=[item("new", 21) | {"id": "new"}])
     assert "new" in await answer(catalogue, unhurried, candidates=["new", "item-1000"])
-    with pytest.raises(InvalidRequest, match=r"add\.0\.id: an id of type <U"):
+    with pytest.raises(InvalidRequest, match=r"add\.0\.id: text of up to 9 characters"):
         change(catalogue, add=[item("n" * 200, 21)])
 
 
@@ -239,6 +240,15 @@ def test_every_kind_of_index_leaves_out_the_removed_and_takes_in_the_added(rando
     assert fresh <= set(found.rows.tolist())
     assert len(set(best.tolist()) & set(found.rows.tolist())) >= LEAST[random.manifest.retrievers[0].kind]
     assert found.retrieval_scores == pytest.approx(EMBEDDING[found.rows] @ user, abs=1e-5)
+
+
+def test_of_a_catalogue_that_lost_nearly_all_every_item_that_is_left_is_found(random):
+    """A graph in which the way to them leads over what was removed finds none."""
+    left = [3, 77, 151, 288, 399]
+    change(random, remove=[n for n in range(N_RANDOM) if n not in left])
+    assert sorted(Retrieval(random).search(query(random), 40).rows.tolist()) == left
+    change(random, add=[{"id": N_RANDOM, "embedding": EMBEDDING[N_RANDOM].tolist()}])
+    assert sorted(Retrieval(random).search(query(random), 40).rows.tolist()) == [*left, N_RANDOM]
 
 
 # ------------------------------------------------------------------------------------ what is refused
@@ -423,20 +433,33 @@ async def test_what_changes_nothing_is_not_kept(service, tmp_path):
     assert all(file.read_bytes() == b"" for file in tmp_path.glob("*.jsonl"))
 
 
-async def test_the_same_bundle_loaded_again_has_the_changes(service, bundle):
-    """Also those that came while it was being loaded."""
+async def test_the_previous_bundle_offered_again_serves_with_its_changes(service, bundle, copy):
+    """It isn't loaded twice: changes belong to a generation, and there is one of a bundle."""
     await post(service, add=[item(7, 21)])
-    other = await service._open(load(service.serving.generation.path, is_verified=True))
-    await post(service, add=[item(8, 21)])
-    service._hold("candidate", other)
-    service.switch_to("candidate")
-    assert service.serving is other
-    got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 3})).json()
-    assert [i["id"] for i in got["items"]] == [world.item_id(21), 7, 8]
-    await post(service, remove=[7])
-    service.switch_to("previous")
+    first = service.serving
+    reseal(copy, lambda manifest: manifest.update(version="2"))
+    for path in (copy, bundle):
+        offer = json.dumps({"path": str(path)}).encode()
+        assert (await call(create_admin_app(service), "POST", "/admin/generations", offer)).status == 202
+        await asyncio.gather(*(task for task in service.tasks if task.get_name() == "load"))
+        assert service.loading["state"] == "ready"
+        assert (service.serving is first) == (path is bundle)
     got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 2})).json()
-    assert ([i["id"] for i in got["items"]], got["epoch"]) == ([world.item_id(21), 8], 3)
+    assert ([i["id"] for i in got["items"]], got["epoch"]) == ([world.item_id(21), 7], 1)
+
+
+async def test_a_worker_that_starts_with_nothing_in_the_catalogue_scores_what_comes_later(service):
+    await post(service, remove=[world.item_id(row) for row in range(world.N)])
+    first = service.serving.pool.pids()
+    for pid in first.values():
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while set(first.values()) & set((now := service.serving.pool.pids()).values()) or len(now) < len(first):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    await post(service, add=[item(7, 21)])
+    got = (await rank(create_app(service), {"user": {"id": "cho"}, "k": 2})).json()
+    assert ([i["id"] for i in got["items"]], got["degraded"]) == ([7], [])
 
 
 async def test_answers_under_changes_are_each_of_one_epoch(service):

@@ -31,7 +31,13 @@ def test_each_kind_of_variable_is_parsed():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WINNOW_PORT", "http"), ("WINNOW_WORKERS", "2.5"), ("WINNOW_SLA_MS", "fast"), ("WINNOW_PORT", "")],
+    [
+        ("WINNOW_PORT", "http"),
+        ("WINNOW_WORKERS", "2.5"),
+        ("WINNOW_SLA_MS", "fast"),
+        ("WINNOW_PORT", ""),
+        ("WINNOW_LIVE_JOURNAL", ""),
+    ],
 )
 def test_a_value_of_another_type_is_refused_by_name(name, value):
     with pytest.raises(SettingsError, match=f"{name}='{value}'"):

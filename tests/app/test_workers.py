@@ -6,6 +6,8 @@ import signal
 import time
 from collections import Counter
 from dataclasses import replace
+from multiprocessing import forkserver
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +171,14 @@ async def test_a_shard_nobody_waits_for_is_not_handed_out(pools, generation, fun
 # ---------------------------------------------------------------------------------------------- faults
 
 
+def is_running(pid: int) -> bool:
+    """Not so, too, where nobody has asked for its end yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 async def replaced(pool: Watched) -> None:
     """Wait until every worker of the pool is alive."""
     await asyncio.wait_for(asyncio.gather(*(w.is_ready.wait() for w in pool.workers)), 60)
@@ -214,6 +224,7 @@ async def test_a_spare_gets_the_shards_of_a_worker_four_times_slower_until_that_
     first, second, spare = pool.workers
     for worker in pool.workers:
         worker.is_ready.set()
+        worker.transport = SimpleNamespace(is_closing=lambda: False)
         worker.row_s = 1e-5
     assert pool.used == [first, second]
     first.row_s = 3.9e-5
@@ -279,6 +290,7 @@ async def test_without_budget_a_late_shard_waits(generation, funnel):
     os.kill(pool.pids()[0], signal.SIGSTOP)
     await pool.score(shard)  # by the other one, once the first is taken for dead
     assert (pool.sent["hedge"], pool.sent["resend"], pool.outcomes["lost"]) == (0, 20, 1)
+    assert not pool.late  # and when it is over, nothing waits to be hedged
     await pool.close()
 
 
@@ -476,6 +488,58 @@ async def test_the_request_of_a_dying_worker_is_ranked_by_another(generation):
     assert rows_of(found) == [21, 22, 23, 24, 25]
     assert found.degradations == ()
     assert (pool.outcomes["lost"], pool.sent["hedge"]) == (1, 0)
+    await pool.close()
+
+
+async def test_a_worker_whose_socket_has_just_ended_is_given_nothing(generation):
+    """Before its end was noticed; and it comes back, though it was never given anything."""
+    pool = Watched(generation, 1)
+    await pool.start()
+    pool.workers[0].transport.close()
+    assert pool.workers[0].is_ready.is_set()
+    assert rows_of(await rank(running(pool, generation), {"user": {"id": "cho"}})) == [21, 22, 23, 24, 25]
+    await asyncio.wait_for(pool.restarted.wait(), 20)
+    await replaced(pool)
+    assert pool.workers[0].job is None
+    found = await rank(running(pool, generation), {"user": {"id": "cho"}})
+    assert found.degradations == ()
+    await pool.close()
+
+
+async def test_a_request_over_which_two_workers_died_is_searched_for_by_nobody_else(generation, monkeypatch):
+    pool = Watched(generation, 2, spares=1)
+    await pool.start()
+    funnel = running(pool, generation)
+    monkeypatch.setattr(funnel.retrieval, "search", None)  # in the service's own process
+    for pid in pool.pids().values():
+        os.kill(pid, signal.SIGSTOP)
+    ranking = asyncio.create_task(rank(funnel, {"user": {"id": "cho"}}, 5.0))
+    for _ in range(2):
+        while not (at := [w for w in pool.workers if w.job]):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        pid, owner = at[0].process.pid, at[0]
+        os.kill(pid, signal.SIGKILL)
+        while owner.job and owner.process.pid == pid:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for pid in pool.pids().values():
+        os.kill(pid, signal.SIGCONT)
+    found = await ranking
+    assert len(rows_of(found)) == world.K
+    assert Degradation(Stage.RETRIEVAL, "late", "popular items") in found.degradations
+    assert pool.sent["resend"] >= 1
+    await pool.close()
+
+
+async def test_a_hung_worker_is_replaced_though_the_server_of_forks_is_gone(generation):
+    pool = Watched(generation, 1)
+    await pool.start()
+    pid = pool.pids()[0]
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.wait_for(pool.restarted.wait(), 20)
+    await replaced(pool)
+    assert pool.pids()[0] != pid
+    assert not is_running(pid)
     await pool.close()
 
 
