@@ -91,8 +91,8 @@ def _pack_options(command: argparse.ArgumentParser) -> None:
 def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=Path)
     command.add_argument("--requests", type=Path, required=True, help="a request of POST /v1/rank a line")
-    command.add_argument("--most", type=int, default=200, help="requests, evenly spread over the file")
-    command.add_argument("--k", type=int, default=10, help="how many of the re-ranker's own best")
+    command.add_argument("--most", type=_positive, default=200, help="requests, evenly spread over the file")
+    command.add_argument("--k", type=_positive, default=10, help="how many of the re-ranker's own best")
     command.add_argument("--truth", type=Path, help="of a made-up world, to judge answers by: <bundle>.truth.npz")
 
 
@@ -106,6 +106,12 @@ def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
     command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed is 1 or more")
+    return number
 
 
 def _units(text: str) -> tuple[int, ...]:

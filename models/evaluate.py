@@ -43,8 +43,12 @@ class ScoredThrough:
 
 def read_requests(file: Path) -> list[Request]:
     """One JSON object a line; blank lines don't count. Raises PackError that names the line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise PackError(f"{file}: can't be read ({e})") from e
     requests = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -57,10 +61,13 @@ def read_requests(file: Path) -> list[Request]:
     return requests
 
 
-def resolve(generation: Generation, requests: Sequence[Request]) -> list[Query]:
-    """Requests as the service would see them. Raises PackError that names the first wrong one."""
+def resolve(generation: Generation, requests: Sequence[Request], numbers: Iterable[int] | None = None) -> list[Query]:
+    """Requests as the service would see them. Raises PackError that names the first wrong one.
+
+    numbers: by which they are named; counted from 1 if absent.
+    """
     queries = []
-    for number, request in enumerate(requests, 1):
+    for number, request in zip(numbers or range(1, len(requests) + 1), requests, strict=True):
         try:
             queries.append(offline_query(request, generation))
         except ClientError as e:
@@ -163,17 +170,23 @@ def survival(generation: Generation, queries: Sequence[Query], k: int = 10) -> f
     return float(np.mean(shares)) if shares else 1.0
 
 
+def spread(n: int, most: int) -> list[int]:
+    """So many places out of n, evenly; all where there are fewer."""
+    return list(np.unique(np.linspace(0, n - 1, most).astype(int)).tolist())
+
+
 def report(generation: Generation, file: Path, most: int, k: int) -> None:
     """Print what the funnel loses and takes, on at most so many of the file's requests. Raises PackError."""
     requests = read_requests(file)
     if not requests:
         raise PackError(f"{file.name}: has no request")
-    chosen = [requests[at] for at in np.unique(np.linspace(0, len(requests) - 1, most).astype(int))]
-    queries = resolve(generation, chosen)
+    chosen = spread(len(requests), most)
+    queries = resolve(generation, [requests[at] for at in chosen], [at + 1 for at in chosen])
     rankings = run_funnel(generation, queries)
     seconds = [[r.seconds for r in ranking.reports] for ranking in rankings]
     widths = generation.manifest.funnel
-    print(f"{generation.name}: {len(queries)} requests, {widths.retrieve} -> {widths.rerank} -> {widths.k}")
+    of = "" if len(queries) == len(requests) else f" of {len(requests):,}"
+    print(f"{generation.name}: {len(queries)}{of} requests, {widths.retrieve} -> {widths.rerank} -> {widths.k}")
     print(f"  of the re-ranker's own best {k} over all items, {survival(generation, queries, k):.3f} reach it")
     for name, took in zip(STAGES, np.median(seconds, axis=0), strict=True):
         print(f"  {name:<11} {took * 1e3:6.2f} ms, median, in one process without load")

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from app.bundle import HOISTED
 from app.features import ROW, ModelInput, Strict
@@ -96,6 +96,12 @@ class FunnelPart(FunnelConfig):
     """
 
     timeout_ms: float | None = Field(default=None, ge=1, le=Limits.TIMEOUT_MS)
+
+    @model_validator(mode="after")
+    def _narrows(self) -> "FunnelPart":
+        if self.rerank > self.retrieve:
+            raise ValueError(f"rerank is {self.rerank}; allowed is up to what is retrieved, {self.retrieve}")
+        return self
 
     @property
     def config(self) -> FunnelConfig:

@@ -17,9 +17,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from app.bundle import load
-from app.manifest import MANIFEST, FunnelConfig
+from app.manifest import MANIFEST
 from models.pack import check_target, draft_beside, move, with_golden
-from models.pack_config import PackError
+from models.pack_config import FunnelPart, PackError
 
 Say = Callable[[str], None]
 
@@ -29,13 +29,12 @@ def rewidth(bundle: Path, out: Path, *, retrieve: int, rerank: int, force: bool 
     check_target(out, force)
     generation = load(bundle)
     widths = generation.manifest.funnel.model_dump() | {"retrieve": retrieve, "rerank": rerank}
-    if rerank > retrieve:
-        raise PackError(f"widths: {retrieve} and {rerank}; re-ranking can't be wider than retrieval")
     try:
-        funnel = FunnelConfig.model_validate(widths)
+        funnel = FunnelPart.model_validate(widths).config
     except ValidationError as e:
         first = e.errors()[0]
-        raise PackError(f"widths: {first['loc'][0]}: {first['msg']}") from e
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise PackError(f"widths: {where}{first['msg'].removeprefix('Value error, ')}") from e
     with draft_beside(out) as draft:
         shutil.copytree(bundle, draft, copy_function=link, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
         manifest = generation.manifest.model_copy(update={"funnel": funnel, "loss": None, "golden": ()})

@@ -164,7 +164,7 @@ def _gains(truth: Truth, taste: Floats, latent: Array, features: Array) -> Itera
 def report(generation: Generation, requests: Path, file: Path, most: int) -> None:
     """Print what `judge` finds on at most so many of the requests. Raises PackError."""
     asked = evaluate.read_requests(requests)
-    chosen = [asked[at] for at in np.unique(np.linspace(0, len(asked) - 1, most).astype(int))]
+    chosen = [asked[at] for at in evaluate.spread(len(asked), most)]
     judged = judge(generation, chosen, file)
     print(f"  NDCG@{judged.k} against the truth, {judged.n_requests} requests (95 % interval over people):")
     for name in ("retrieval", "preranking", "funnel", "rescored"):
