@@ -100,10 +100,10 @@ class Retrieval:
         excluded, live = self._excluded(query), query.live
         if not query.filters:
             rows, scores = self._search_index(user, width + len(excluded), live)
-            if len(rows) == width + len(excluded) or not live.has_lost:
+            if 2 * len(rows) > width or not live.has_lost:
                 is_allowed = is_other(rows, excluded)
                 return rows[is_allowed][:width], scores[is_allowed][:width]
-        n = len(self.generation.ids) + live.n_added  # few are left, or match
+        n = len(self.generation.ids) + live.n_added  # filters leave few; or what was removed does, of what is near
         eligible = np.ones(n, np.bool_) & self._matching(query.filters, slice(n))
         if live.epoch:
             eligible &= np.unpackbits(live.bits, count=n, bitorder="little").view(np.bool_)

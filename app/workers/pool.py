@@ -164,7 +164,6 @@ class WorkerPool:
         except BaseException:
             await self.close()
             raise
-        self.is_yielding = False
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """See ShardScorer."""
@@ -331,7 +330,7 @@ class WorkerPool:
             last.callback(ours.close)
             last.callback(worker.control.close)
             with theirs, control:
-                is_yielding = self.is_yielding or bool(self.ready)
+                is_yielding = (self.is_yielding and not self.started.done()) or bool(self.ready)
                 worker.n_changes = len(self.changes)
                 told = replace(self.given, changes=tuple(self.changes))
                 given = ((theirs, control), self.generation.path, self.generation.digest, told, is_yielding)
