@@ -58,10 +58,10 @@ bench-quality: $(VENV)/train.stamp  ## fit, measure and print the quality table;
 	$(BIN)/python -m models.bench_quality
 
 models/bundles/w1/manifest.json: | $(VENV)/train.stamp
-	$(BIN)/python -m models synthesize --seed 0 --out models/bundles/w1 --name w1
+	$(BIN)/python -m models synthesize --seed 0 --out models/bundles/w1 --name w1 --force
 
 models/bundles/w1b/manifest.json: | $(VENV)/train.stamp
-	$(BIN)/python -m models synthesize --seed 1 --out models/bundles/w1b --name w1b
+	$(BIN)/python -m models synthesize --seed 1 --out models/bundles/w1b --name w1b --force
 
 bench-reliability: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json models/bundles/w1b/manifest.json  ## faults and overload on a million items: over an hour
 	$(BIN)/python -m loadtest faults

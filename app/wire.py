@@ -157,7 +157,7 @@ class RankResponse(Wire):
     empty_reason: str | None = Field(description="Why there is no item; null when there is one.")
     coverage: CoveragePart
     degraded: list[DegradedPart]
-    expected_ndcg_loss: float | None = Field(description="Of NDCG@k; 0: it is the full funnel's; null: not measured.")
+    expected_ndcg_loss: float | None = Field(description="Of NDCG@k; 0: no stage gave anything up; null: not measured.")
     ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(description="Ids unknown, or sent twice.")
     took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for the one worker, there and back.")
 

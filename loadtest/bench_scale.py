@@ -93,7 +93,7 @@ def make(bundle: Path, items: int, recall: float, say: Say) -> None:
     bundle.parent.mkdir(parents=True, exist_ok=True)
     say(f"{bundle}: {items:,} items are made; {shutil.disk_usage(bundle.parent).free / GIB:.0f} GiB of disk are free")
     command = [sys.executable, "-m", "models", "synthesize", "--items", str(items), "--out", str(bundle)]
-    command += ["--recall", str(recall)]
+    command += ["--recall", str(recall), "--force"]
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=PATIENCE_S)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}")

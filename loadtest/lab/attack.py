@@ -5,6 +5,7 @@ bar is missed or the run is invalid; 2 for what can't be used.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -80,6 +81,7 @@ def add_arguments(attack: argparse.ArgumentParser) -> None:
     judged.add_argument(
         "--out", type=Path, help="directory for run.json and report.html; reports/attack-DATE-TIME if absent"
     )
+    judged.add_argument("--force", action="store_true", help="replace the run that --out holds")
 
 
 def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
@@ -88,6 +90,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     due_s, traced, seconds = due(parser, parsed)
     bodies = options.asked(parser, parsed, len(due_s), traced)
     folder = parsed.out or REPORTS / time.strftime("attack-%Y%m%d-%H%M%S")
+    if (folder / "run.json").exists() and not parsed.force:
+        parser.error(f"--out {folder}: holds a run; allowed is another directory, or --force to replace it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -99,6 +103,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             seen, facts = fly(target, what, parsed.warm_up + seconds)
     except RuntimeError as e:
         print(f"not measured: {e}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what was there before stays
+            folder.rmdir()
         return 2
     setup = options.described(parsed) | {"arrivals": described(parsed, seconds), "bodies sent": len(bodies)}
     kept = record(

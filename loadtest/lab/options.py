@@ -147,7 +147,7 @@ def bounded(parser: argparse.ArgumentParser, due_s: Floats, most: int) -> Floats
     if not len(due_s):
         parser.error("--rate, --seconds: nothing is due in that time; allowed is what gives one request or more")
     if len(due_s) > most:
-        parser.error(f"--most {most:,}: {len(due_s):,} requests would be sent; allowed is up to {MOST_REQUESTS:,}")
+        parser.error(f"--most {most:,}: {len(due_s):,} requests would be sent; --most may be up to {MOST_REQUESTS:,}")
     return due_s
 
 

@@ -46,9 +46,12 @@ class Target:
         return Attack(self.port, bodies, due_s, path=self.path, host=self._name, headers=self.headers, **how)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a series on the admin port, which there must be."""
+        """The value of a series on the admin port, which there must be. Raises RuntimeError."""
         assert self.admin  # noqa: S101, whoever asks knows
-        status, text = _call(self.admin, "GET", "/metrics")
+        try:
+            status, text = _call(self.admin, "GET", "/metrics")
+        except (OSError, http.client.HTTPException) as e:
+            raise RuntimeError(f"the admin port {self.admin[0]}:{self.admin[1]} doesn't answer: {e}") from e
         if status != 200:
             raise RuntimeError(f"GET /metrics on the admin port: status {status}")
         return launch.read_metric(text.decode(), name, **labels)

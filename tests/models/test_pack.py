@@ -237,6 +237,7 @@ def wide_history(model: onnx.ModelProto) -> None:
         (toml("year = ", "row = "), "'row' can't name a table"),
         (toml('source = "user_embedding"', 'source = "user"'), "re_ranker.inputs.0.source: Input should be"),
         (toml("retrieve = 40", "retrieve = 0"), "funnel.retrieve: Input should be greater"),
+        (toml("retrieve = 40", "retrieve = 31"), "funnel: .*rerank is 32; allowed is up to what is retrieved, 31"),
         (toml('table = "year"', 'table = "yeer"'), "input year reads the item table yeer, which there isn't"),
         (toml('table = "year"', 'table = "title"'), "input year reads the item table title, which there isn't"),
         (toml("length = 5}", "length = 6}"), r"input history is .* \[1, 5, 8\], its source gives float32 \[n, 6, 8\]"),

@@ -126,6 +126,10 @@ def test_attack_starts_a_service_on_a_bundle_and_keeps_what_came_of_it(bundle, t
     assert generation.startswith("tiny@1#")
     assert run.setup["bundle"] == f"bundle, manifest {generation.split('#')[1]}"
     assert "Stage waterfall" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        __main__.main(["attack", "--bundle", str(bundle), *arguments, "--out", str(tmp_path)])
+    assert f"--out {tmp_path}: holds a run; allowed is another directory, or --force" in capsys.readouterr().err
+    assert runs.read(tmp_path / "run.json").setup == run.setup
 
 
 async def test_a_trace_brings_its_own_bodies_and_pace(tmp_path):
@@ -323,6 +327,20 @@ def test_nobody_there_cannot_be_used(command, bodies, tmp_path, capsys):
     when = [*WHEN, "--out", str(tmp_path / "out")] if command == "attack" else []
     assert __main__.main([command, "--url", f"http://127.0.0.1:{free_port()}", "--bodies", bodies, *when]) == 2
     assert "doesn't answer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing was measured, and nothing is kept
+
+
+@pytest.mark.parametrize("command", ["attack", "search"])
+async def test_an_admin_port_that_does_not_answer_is_named(command, bodies, tmp_path, capsys):
+    async def answer() -> bytes:
+        return b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+    async with serving(answer) as port:
+        admin = f"127.0.0.1:{free_port()}"
+        arguments = ["--url", f"127.0.0.1:{port}", "--bodies", bodies, "--admin", admin]
+        arguments += [*WHEN, "--out", str(tmp_path / "out")] if command == "attack" else []
+        assert await asyncio.to_thread(__main__.main, [command, *arguments]) == 2
+    assert f"the admin port {admin} doesn't answer" in capsys.readouterr().err
 
 
 async def test_a_service_that_refuses_the_key_cannot_be_used(bodies, tmp_path, capsys):
