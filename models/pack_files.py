@@ -94,7 +94,17 @@ def write_vocabularies(config: PackConfig, draft: Path) -> None:
         vocab = read_json(file, key)
         if not isinstance(vocab, dict) or any(type(number) is not int for number in vocab.values()):
             raise PackError(f"{key}: {file.name} must be an object of category → whole number")
+        table = np.load(draft / ITEMS / f"{name}.npy", mmap_mode="r") if name in config.items.tables else None
+        if table is not None and not _is_any(table, list(vocab.values())):
+            raise PackError(
+                f"{key}: {file.name} names none of the numbers that the table holds, such as {table.flat[0]}"
+            )
         (draft / VOCAB / f"{name}.json").write_text(json.dumps(vocab, ensure_ascii=False, indent=1))
+
+
+def _is_any(table: NDArray[Any], numbers: list[int]) -> bool:
+    """Whether one of these stands anywhere in the table."""
+    return any(np.isin(table[start : start + BLOCK], numbers).any() for start in range(0, len(table), BLOCK))
 
 
 def write_pre_ranker(config: PackConfig, draft: Path) -> tuple[str, ...]:

@@ -265,6 +265,10 @@ def wide_history(model: onnx.ModelProto) -> None:
         (array("popular", put(0, 3)), "popular: has a row twice"),
         (lambda f: (f / "genres.json").write_text("[1]"), "items.vocab.genres: genres.json must be an object"),
         (lambda f: (f / "genres.json").write_text('{"a": 0.5}'), "must be an object of category → whole number"),
+        (
+            lambda f: (f / "genres.json").write_text('{"drama": 77}'),
+            "items.vocab.genres: genres.json names none of the numbers that the table holds, such as",
+        ),
         (lambda f: (f / "year.npy").write_bytes(b"1950"), "items.tables.year: year.npy is no .npy array"),
         (samples(lambda s: s[:199]), "samples.jsonl has 199 requests; allowed is 200 or more"),
         (samples(lambda s: [*s, "{"]), "samples.jsonl: line 201 is not JSON"),
