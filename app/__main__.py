@@ -42,10 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(g: Generation) -> None:
-    m, recall = g.manifest, g.manifest.retrievers[0].recall
+    m, recall, n_users = g.manifest, g.manifest.retrievers[0].recall, len(g.users.ids) if g.users else 0
     print(f"{g.name}: sound")
-    print(f"  items       {g.n_items:,} x {g.d}; tables {', '.join(g.tables)}")
-    print(f"  users       {len(g.users.ids) if g.users else 0:,}")
+    print(f"  items       {g.n_items:,} x {g.d}; tables {', '.join(g.tables)}; {n_users:,} users")
     print(f"  index       {m.retrievers[0].kind}, recall@{recall.at} {recall.reached:.3f} (asked: {recall.target})")
     print(f"  widths      {m.funnel.retrieve} -> {m.funnel.rerank} -> {m.funnel.k}")
     print(f"  golden      {len(m.golden)} requests reproduced; calibrated on {m.calibration.n_requests}")

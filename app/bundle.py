@@ -56,12 +56,6 @@ class Ids:
     def __len__(self) -> int:
         return len(self.loaded)
 
-    @property
-    def allowed(self) -> str:
-        """What an id must be to be held, in words."""
-        width = self.ids.dtype.itemsize // 4
-        return f"text of up to {width} characters" if self.is_text else f"a whole number, {self.low} to {self.high}"
-
     def fits(self, wanted: Sequence[Id]) -> Mask:
         """bool[len(wanted)]: whether the table's type can hold them; ten thousand take a millisecond."""
         if self.is_text:  # numpy drops trailing NULs from text
@@ -319,9 +313,9 @@ def check_shapes(g: Generation) -> None:
     are_floats = embedding is not None and embedding.ndim == 2 and embedding.dtype.kind == "f"
     require(are_floats, "items/embedding.npy: must be there, floats of shape [items, d]")
     _check_tables(ITEMS, g.tables, n, "fiuU")
-    require(retriever.n == n, f"manifest.json: retrievers.0.n is {retriever.n}, items are {n}")
-    is_whole = (g.index.ntotal, g.index.d) == (n, g.d)
-    require(is_whole, f"{retriever.index}: holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}")
+    is_whole = (g.index.ntotal, g.index.d, retriever.n) == (n, g.d, n)
+    held = f"holds {g.index.ntotal} × {g.index.d}, items are {n} × {g.d}"
+    require(is_whole, f"{retriever.index}: {held}, the manifest says {retriever.n} items")
     require(g.index.metric_type == faiss.METRIC_INNER_PRODUCT, f"{retriever.index}: its metric must be inner product")
     are_rows = g.popular.ndim == 1 and len(np.unique(g.popular)) == len(g.popular) and _are_rows(g.popular, n)
     require(are_rows, f"popular.npy: must be different rows from 0 to {n - 1}")

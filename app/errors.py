@@ -114,7 +114,7 @@ class StageFailed(ServerError):
 
 
 class Deadly(StageFailed):
-    """Two processes that worked on this request ended; it isn't tried in another."""
+    """Processes that had this request ended, one after the other; it isn't tried in another."""
 
 
 class DeadlineMissed(ServerError):

@@ -116,8 +116,9 @@ class Funnel:
                 is_deadly = isinstance(e, Deadly)
         is_small = len(self.generation.popular) <= MOST_POPULAR
         is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
-        kind = {"is_small": is_small, "is_deadly": is_deadly}
-        return await self.finish(*await self._narrowed(resolve, deadline, quality, **kind))
+        narrowed = await self._narrowed(resolve, deadline, quality, is_small=is_small, is_deadly=is_deadly)
+        narrowed[1].is_late = is_deadly  # nor re-ranked
+        return await self.finish(*narrowed)
 
     async def narrow(
         self, resolve: Resolve, deadline: Deadline, quality: float = 1.0, *, is_late: bool = False

@@ -119,7 +119,9 @@ def _next(generation: Generation, asked: ItemsRequest) -> tuple[Live, int]:
 def _ids(generation: Generation, items: Sequence[NewItem]) -> Array:
     ids: list[int | str] = [item.id for item in items]
     for i in np.flatnonzero(~generation.ids.fits(ids))[:1]:
-        raise InvalidRequest(FieldError(f"add.{i}.id", shown(ids[i]), generation.ids.allowed))
+        width = f"text of up to {generation.ids.ids.itemsize // 4} characters, none of them NUL"
+        allowed = width if generation.ids.is_text else f"a whole number of type {generation.ids.ids.dtype}"
+        raise InvalidRequest(FieldError(f"add.{i}.id", shown(ids[i]), allowed))
     return np.array(ids, generation.ids.ids.dtype)
 
 

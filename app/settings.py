@@ -87,8 +87,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from WINNOW_* variables. Raises SettingsError that names the variable."""
     known = {f"WINNOW_{name.upper()}": name for name in Settings.model_fields}
     sent = {known.get(name, name): value for name, value in environ.items() if name.startswith("WINNOW_")}
-    for name in [name for name, value in sent.items() if not value]:
-        raise SettingsError(f"WINNOW_{name.upper()}='': is empty; leave it out to have the default")
+    for name in [name for name, value in environ.items() if name.startswith("WINNOW_") and not value]:
+        raise SettingsError(f"{name}='': is empty; leave it out to have the default")
     try:
         return Settings.model_validate_strings(sent)
     except ValidationError as e:

@@ -278,8 +278,9 @@ def _candidates(sent: Sequence[Id | CandidatePart] | None, generation: Generatio
     """Rows, each once, in the order sent; their features by schema key; how many were left out."""
     if sent is None:
         return None, {}, 0
-    found = generation.ids.rows([c.id if isinstance(c, CandidatePart) else c for c in sent])
-    found[(found != NO_ROW) & ~generation.live.keeps(found)] = NO_ROW  # removed
+    found, live = generation.ids.rows([c.id if isinstance(c, CandidatePart) else c for c in sent]), generation.live
+    found = live.present(found)  # of the ids: added again since the look-up
+    found[(found != NO_ROW) & ~live.keeps(found)] = NO_ROW  # removed
     _, first = np.unique(found, return_index=True)
     kept = np.sort(first[found[first] != NO_ROW])
     sent_with = {i: c.features for i, c in enumerate(sent) if isinstance(c, CandidatePart) and c.features}

@@ -105,13 +105,13 @@ def _synthesize_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--untrained", action="store_true", help="models of the same size that need no torch")
     command.add_argument("--out", type=Path, default=SYNTHETIC, help="the bundle's directory; requests go beside it")
     command.add_argument("--name", help="the bundle's; its directory's if absent")
-    command.add_argument("--force", action="store_true", help="replace a bundle that is there")
+    command.add_argument("--force", action="store_true", help="replace a bundle that is there, and what is beside it")
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; allowed is 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number, 1 or more")
+    return int(text)
 
 
 def _units(text: str) -> tuple[int, ...]:

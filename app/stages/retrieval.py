@@ -12,27 +12,13 @@ from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from app.bundle import NO_ROW, Generation, run_model
 from app.control.costs import Cost
 from app.errors import StageFailed, require
 from app.features import request_inputs
-from app.flow import (
-    F32,
-    Array,
-    Candidates,
-    Filter,
-    Live,
-    Mask,
-    Origin,
-    Query,
-    RequestScope,
-    Rows,
-    Scores,
-    Stage,
-    best_first,
-    sealed,
-)
+from app.flow import F32, Candidates, Filter, Mask, Origin, Query, RequestScope, Rows, Scores, Stage, best_first, sealed
 
 # Up to so many matching rows are searched exactly: 20,000 × 64 take about 5 ms, and a selective search in
 # a graph or an inverted file finds too few of them.
@@ -99,7 +85,7 @@ class Retrieval:
     def _search(self, query: Query, user: F32, width: int) -> tuple[Rows, Scores]:
         excluded, live = self._excluded(query), query.live
         if not query.filters:
-            rows, scores = self._search_index(user, width + len(excluded), live)
+            rows, scores = self._search_index(query, user, width + len(excluded))
             if 2 * len(rows) > width or not live.has_lost:
                 is_allowed = is_other(rows, excluded)
                 return rows[is_allowed][:width], scores[is_allowed][:width]
@@ -109,13 +95,13 @@ class Retrieval:
             eligible &= np.unpackbits(live.bits, count=n, bitorder="little").view(np.bool_)
         eligible[excluded[excluded < n]] = False
         if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
-            found = self._search_index(user, width, live, eligible)
-            if len(found[0]) == width:
+            found = self._search_index(query, user, width, eligible)
+            if len(found[0]) == width or not query.filters:
                 return found
         return self._search_exactly(np.flatnonzero(eligible), user, width)
 
-    def _search_index(self, user: F32, width: int, live: Live, eligible: Mask | None = None) -> tuple[Rows, Scores]:
-        n = min(self.generation.index.ntotal, int(width * self.retriever.overfetch))
+    def _search_index(self, query: Query, user: F32, width: int, eligible: Mask | None = None) -> tuple[Rows, Scores]:
+        n, live = min(self.generation.index.ntotal, int(width * self.retriever.overfetch)), query.live
         bits = live.bits if live.has_lost else None
         bits = bits if eligible is None else np.packbits(eligible, bitorder="little")
         parameters = self._parameters(None if bits is None else faiss.IDSelectorBitmap(bits), n)
@@ -178,7 +164,7 @@ def is_other(rows: Rows, excluded: Rows) -> Mask:
     return np.asarray(excluded[np.searchsorted(excluded, rows) % len(excluded)] != rows)
 
 
-def matches(condition: Filter, values: Array) -> Mask:
+def matches(condition: Filter, values: NDArray[Any]) -> Mask:
     """bool[n]: whether any of a row's values satisfies the condition; the -1 that pads a row is no value.
 
     Numbers are compared in the table's own type: 0.1 is what a float32 table holds where 0.1 was stored.

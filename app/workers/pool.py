@@ -34,7 +34,7 @@ from app.errors import Deadly, InvalidRequest, ServerError, StageFailed, require
 from app.flow import Outcome, Sent, Stage, Told
 from app.metrics import Metrics
 from app.workers.messages import WAY_BACK_S, Asked, Frame, Kind, frame, generation_number, read_frames
-from app.workers.process import FORKS, THREADS
+from app.workers.process import FORKS, THREADS, begin
 from app.workers.scoring import Deliver, Shard, Slice
 from app.workers.worker import Given, work
 
@@ -241,7 +241,7 @@ class WorkerPool:
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
         while self.late and idle:
             job = self.late.popleft()
-            if "hedge" not in job.sent and self.hedges.spend(job.n_left):
+            if not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
                 self._send(idle.pop(0), job, "hedge")
 
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
@@ -258,7 +258,8 @@ class WorkerPool:
         return [worker for worker in self.workers if worker.job is job]
 
     def _is_late(self, job: _Job) -> None:
-        self.late.append(job)
+        if not job.answer.done():
+            self.late.append(job)
         self._hand_out()
 
     def _deliver(self, worker: _Worker, job: _Job, got: Slice) -> bool:
@@ -335,14 +336,14 @@ class WorkerPool:
                 told = replace(self.given, changes=tuple(self.changes))
                 given = ((theirs, control), self.generation.path, self.generation.digest, told, is_yielding)
                 worker.process = FORKS.Process(target=work, args=given, daemon=True)
-                await asyncio.get_running_loop().run_in_executor(THREADS, worker.process.start)
+                await begin(worker.process)
             last.push_async_callback(_wait_for_end, worker.process)
-            worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             loop = asyncio.get_running_loop()
             stream = partial(_Stream, partial(self._receive, worker))
             worker.transport, answers = await loop.create_unix_connection(stream, sock=ours)
             last.callback(worker.transport.close)
             last.callback(self._give_up, worker)
+            worker.owes = {Kind.READY: int(READY_S / LOOK_S)}
             await answers.ended
 
     def _begin(self, worker: _Worker, answer: Frame, said: Any) -> None:
@@ -395,7 +396,7 @@ class WorkerPool:
         job = worker.job
         if job and self._who_has(job) == [worker] and not job.answer.done():
             if "resend" in job.sent:
-                self._fail(job, Deadly("two workers ended over it"), "lost")
+                self._fail(job, Deadly("workers ended over it"), "lost")
             else:
                 self.metrics.shard("lost", 0.0)
                 self.queue.appendleft(job)
@@ -419,10 +420,10 @@ class WorkerPool:
             await asyncio.sleep(LOOK_S)
             for worker in self.workers:
                 worker.owes = {kind: n_looks - 1 for kind, n_looks in worker.owes.items()}
-                if 0 in worker.owes.values():
+                if 0 in worker.owes.values() and (pid := worker.process.pid):
                     log.warning("worker %d does not answer: killed", worker.number)
                     with suppress(ProcessLookupError):  # its own `kill` does nothing once the server of forks is gone
-                        os.kill(worker.process.pid or 0, signal.SIGKILL)
+                        os.kill(pid, signal.SIGKILL)
                 if worker.is_ready.is_set():
                     self._ask(worker, Kind.PING)
                     worker.row_s *= FORGIVEN

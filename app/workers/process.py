@@ -5,10 +5,12 @@ swap and after each death; a fork takes milliseconds. The server of forks is the
 the first process and needs a directory for temporary files.
 """
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["app.workers.worker", "app.warmup"])
@@ -22,8 +24,15 @@ def yield_to_everybody() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def start_server() -> None:
-    """Start the server of forks; returns when it has imported what it should."""
-    process = FORKS.Process(target=int)
-    process.start()
-    process.join()
+async def begin(process: BaseProcess) -> None:
+    """Start it, in a thread: the server of forks may have to be started first, and imports for most of a second.
+
+    Cancelled, it leaves no process behind.
+    """
+    starting = asyncio.get_running_loop().run_in_executor(THREADS, process.start)
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        process.kill()
+        raise

@@ -155,7 +155,8 @@ class Worker:
                 with contextlib.suppress(ConnectionError):
                     self._send(Kind.PONG, asked.job)
             else:
-                self.stopped, run = asked.job, self.scorer.run  # before the look: the next job's must go on
+                self.stopped = asked.job
+                run = self.scorer.run  # before the look: the next job's must go on
                 if self.job == asked.job:
                     run.stop()
         self.is_left = True

@@ -92,6 +92,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     folder = parsed.out or REPORTS / time.strftime("attack-%Y%m%d-%H%M%S")
     if (folder / "run.json").exists() and not parsed.force:
         parser.error(f"--out {folder}: holds a run; allowed is another directory, or --force to replace it")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -103,8 +104,8 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             seen, facts = fly(target, what, parsed.warm_up + seconds)
     except RuntimeError as e:
         print(f"not measured: {e}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # what was there before stays
-            folder.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir() if is_new else None
         return 2
     setup = options.described(parsed) | {"arrivals": described(parsed, seconds), "bodies sent": len(bodies)}
     kept = record(

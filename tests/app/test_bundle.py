@@ -458,7 +458,7 @@ async def test_an_order_that_is_not_reproduced_is_told_by_item_and_place(copy):
 
 def test_a_number_of_items_that_is_not_the_tables_is_told_as_the_manifests(copy):
     reseal(copy, lambda manifest: manifest["retrievers"][0].update(n=2))
-    assert refusal(copy) == "manifest.json: retrievers.0.n is 2, items are 50"
+    assert refusal(copy) == "index.faiss: holds 50 × 8, items are 50 × 8, the manifest says 2 items"
 
 
 async def test_inverted_lists_in_the_file_itself_are_served(copy):
@@ -515,7 +515,7 @@ def rebind(**changes):
         ("re_ranker.onnx: input freshness", rebind(freshness={"shape": [2]})),
         ("users/age.npy", rebind(age={"shape": [2]})),
         ("pre_ranker.npz", lambda m: m["features"].update(pre_ranker=["retrieval_score"])),
-        ("manifest.json: retrievers.0.n", lambda m: m["retrievers"][0].update(n=49)),
+        ("index.faiss", lambda m: m["retrievers"][0].update(n=49)),
         ("tower.onnx", lambda m: m["retrievers"][0].update(tower="tower.onnx")),
     ],
 )

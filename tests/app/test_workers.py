@@ -26,6 +26,7 @@ from app.stages import reranking
 from app.warmup import offline_query, rank_offline
 from app.workers.messages import FORMAT, Kind, read_frames
 from app.workers.pool import SAVED_S, WorkerPool
+from app.workers.process import FORKS, begin
 from app.workers.scoring import Shard
 from app.workers.worker import Given
 from tests import world
@@ -283,6 +284,24 @@ async def test_a_late_shard_is_hedged_within_the_budget_and_the_first_answer_win
     await pool.close()
 
 
+async def test_a_shard_that_is_over_is_not_hedged(generation, funnel):
+    """By nobody: not by its own worker, which is idle again, nor by another once the shard was given up."""
+    pool = Watched(generation, 1, given=Given(paced_row_s=0.005))
+    await pool.start()
+    pool.hedges.earn(10_000)
+    scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
+    await pool.asked.wait()
+    job = pool.workers[0].job
+    pool._is_late(job)  # while nobody is idle
+    assert list(pool.late) == [job]
+    await scored
+    pool._is_late(job)
+    assert not pool.late
+    assert pool.workers[0].job is None
+    assert pool.sent == {"first": 20}
+    await pool.close()
+
+
 async def test_without_budget_a_late_shard_waits(generation, funnel):
     pool = Watched(generation, 2)
     await pool.start()
@@ -507,7 +526,7 @@ async def test_a_worker_whose_socket_has_just_ended_is_given_nothing(generation)
 
 
 async def test_a_request_over_which_two_workers_died_is_searched_for_by_nobody_else(generation, monkeypatch):
-    pool = Watched(generation, 2, spares=1)
+    pool = Trusted(generation, 2, spares=1)
     await pool.start()
     funnel = running(pool, generation)
     monkeypatch.setattr(funnel.retrieval, "search", None)  # in the service's own process
@@ -526,20 +545,9 @@ async def test_a_request_over_which_two_workers_died_is_searched_for_by_nobody_e
     found = await ranking
     assert len(rows_of(found)) == world.K
     assert Degradation(Stage.RETRIEVAL, "late", "popular items") in found.degradations
-    assert pool.sent["resend"] >= 1
-    await pool.close()
-
-
-async def test_a_hung_worker_is_replaced_though_the_server_of_forks_is_gone(generation):
-    pool = Watched(generation, 1)
-    await pool.start()
-    pid = pool.pids()[0]
-    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-    os.kill(pid, signal.SIGSTOP)
-    await asyncio.wait_for(pool.restarted.wait(), 20)
-    await replaced(pool)
-    assert pool.pids()[0] != pid
-    assert not is_running(pid)
+    assert Degradation(Stage.RERANKING, "late", "pre-rank scores") in found.degradations
+    assert sum(pool.sent.values()) == 2 * pool.sent["resend"]  # to two workers, and to the third nothing
+    assert not pool.asked.is_set()  # nor a shard of it
     await pool.close()
 
 
@@ -620,3 +628,27 @@ async def test_a_worker_is_told_to_stop_a_request_that_nobody_waits_for(generati
     assert pool.pids()  # it was stopped, not killed
     assert pool.backlog == 0
     await pool.close()
+
+
+async def test_a_hung_worker_is_replaced_though_the_server_of_forks_is_gone(generation):
+    pool = Watched(generation, 1)
+    await pool.start()
+    pid = pool.pids()[0]
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.wait_for(pool.restarted.wait(), 20)
+    await replaced(pool)
+    assert pool.pids()[0] != pid
+    assert not is_running(pid)
+    await pool.close()
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process(generation):
+    process = FORKS.Process(target=time.sleep, args=(600,), daemon=True)
+    starting = asyncio.create_task(begin(process))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    process.join(60)
+    assert not process.is_alive()
