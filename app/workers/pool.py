@@ -39,6 +39,7 @@ from app.workers.scoring import Deliver, Shard, Slice
 from app.workers.worker import Given, work
 
 READY_S = 120.0  # for a worker to map tables and open the model, yielding to everybody meanwhile
+GRACE_S = 0.03  # after the death of a worker, before another gets the request that it held
 CLOSE_S = 2.0  # for a worker to end by itself when its socket closes
 LOOK_S = 0.2  # between two looks at the workers
 SILENT = 4  # looks without an answer to a ping, or to a stop, and the worker is taken for hung
@@ -232,7 +233,10 @@ class WorkerPool:
 
     def _hand_out(self) -> None:
         """Give waiting jobs to idle workers, oldest first, then late ones, which are running, a second time."""
-        now, idle = time.monotonic(), [w for w in self.used if w.job is None]
+        now, used = time.monotonic(), self.used
+        idle = [w for w in used if w.job is None]
+        for waiting in [] if used else [job for job in self.queue if job.kind is Kind.RANK]:  # these have other ways
+            self._fail(waiting, StageFailed("no worker is alive"))
         while self.queue and idle:
             job = self.queue.popleft()
             if job.until <= now:
@@ -399,10 +403,13 @@ class WorkerPool:
                 self._fail(job, Deadly("workers ended over it"), "lost")
             else:
                 self.metrics.shard("lost", 0.0)
-                self.queue.appendleft(job)
+                asyncio.get_running_loop().call_later(GRACE_S * (job.kind is Kind.RANK), self._try_again, job)
         self._release(worker)
-        for waiting in [j for j in self.queue if j.kind is Kind.RANK and not self.ready]:  # these have other ways
-            self._fail(waiting, StageFailed("no worker is alive"))
+
+    def _try_again(self, job: _Job) -> None:
+        """Where all are killed at once the next one has ended too by now, and isn't taken for a victim of the job."""
+        self.queue.appendleft(job)
+        self._hand_out()
 
     def _ask(self, worker: _Worker, kind: Kind, n_looks: int = SILENT) -> None:
         """A ping, or to stop its run; not again while it owes the answer."""
