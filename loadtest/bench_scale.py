@@ -4,7 +4,7 @@
                                                        highest rate ─▶ half of it: p99 ─▶ memory of all processes
     the same at 20 a second on W1 ─▶ how p50 grows with the catalogue: exponent of N
 
-A hundred million items take three quarters of an hour to make, and 64 GB of disk meanwhile; docs/performance.md says
+A hundred million items take three quarters of an hour to make, and 60 GB of disk meanwhile; docs/performance.md says
 what that gave:
 
     --items 100_000_000 --rate 5 --most-p99-ms 100 --most-gib 20 --least-recall 0.80 --most-ready-s inf --warm
