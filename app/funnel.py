@@ -114,8 +114,7 @@ class Funnel:
                     return await self.runner.rank(sent, deadline, quality, until)
             except (StageFailed, TimeoutError) as e:
                 is_deadly = isinstance(e, Deadly)
-        is_small = len(self.generation.popular) <= MOST_POPULAR
-        is_small &= sent is not None and len(sent.body) <= Limits.LARGE_BODY
+        is_small = len(self.generation.popular) <= MOST_POPULAR and len(sent.body if sent else b"") <= Limits.LARGE_BODY
         narrowed = await self._narrowed(resolve, deadline, quality, is_small=is_small, is_deadly=is_deadly)
         narrowed[1].is_late = is_deadly  # nor re-ranked
         return await self.finish(*narrowed)

@@ -32,6 +32,7 @@ from app.settings import Limits, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+LAST_S = 0.1  # for whoever had just connected when the port closed: it has not sent its request yet, and gets its 503
 SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop; Python's own 5 ms is half a timeout
 
 
@@ -177,6 +178,9 @@ async def serve(settings: Settings) -> int:
     if isinstance(fault, Exception):
         logger.error("%s", fault, exc_info=None if isinstance(fault, ServerError) else fault)
     await service.stop()
+    for listening in [at for server in servers for at in getattr(server, "servers", ())]:
+        listening.close()
+    await asyncio.sleep(LAST_S)
     cutting.cancel()
     for server in servers:
         server.should_exit = True

@@ -35,8 +35,6 @@ EDGES = ("wanted", "done", "out")  # of a stage: candidates wanted, scored and p
 WORKER_STATES = ("alive", "starting", "backing_off")
 WORK = ("first", "hedge", "resend")
 NO_ARM = "none"  # until there are experiments, every request is on no arm
-PAGE = os.sysconf("SC_PAGE_SIZE")
-TICKS = os.sysconf("SC_CLK_TCK")
 
 # Shares of the SLA at which latency is counted: an edge exactly at it, at half and at twice.
 SLA_SHARES = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 2, 4, 10)
@@ -170,8 +168,8 @@ class Metrics:
         for worker, pid in pool.pids().items() if pool else ():
             with suppress(OSError, IndexError):  # it has just ended
                 said = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                rss.add_metric([str(worker)], int(said[21]) * PAGE)
-                cpu.add_metric([str(worker)], (int(said[11]) + int(said[12])) / TICKS)
+                rss.add_metric([str(worker)], int(said[21]) * os.sysconf("SC_PAGE_SIZE"))
+                cpu.add_metric([str(worker)], (int(said[11]) + int(said[12])) / os.sysconf("SC_CLK_TCK"))
         workers = GaugeMetricFamily("winnow_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
             workers.add_metric([state], sum(w.state == state for w in pool.workers) if pool else 0)

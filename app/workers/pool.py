@@ -112,7 +112,6 @@ class WorkerPool:
     given: what workers are told besides their bundle.
     """
 
-    is_yielding = False  # another generation serves, and mustn't notice the start
     quality_now: Callable[[], float] = staticmethod(lambda: 1.0)  # the most for a request as it is handed out
 
     def __init__(
@@ -158,7 +157,7 @@ class WorkerPool:
 
     async def start(self, *, is_yielding: bool = False) -> None:
         """Start all workers and wait until each is warm. Raises ServerError with the reason if one can't start."""
-        self.is_yielding = is_yielding
+        self.is_yielding = is_yielding  # another generation serves, and mustn't notice
         self.tasks = [asyncio.create_task(life) for life in (self._watch(), *map(self._keep_alive, self.workers))]
         try:
             await self.started
