@@ -86,24 +86,24 @@ class Retrieval:
         excluded, live = self._excluded(query), query.live
         if not query.filters:
             rows, scores = self._search_index(query, user, width + len(excluded))
+            is_allowed = is_other(rows, excluded)
+            found = rows[is_allowed][:width], scores[is_allowed][:width]
             if 2 * len(rows) > width or not live.has_lost:
-                is_allowed = is_other(rows, excluded)
-                return rows[is_allowed][:width], scores[is_allowed][:width]
+                return found
         n = len(self.generation.ids) + live.n_added  # filters leave few; or what was removed does, of what is near
         eligible = np.ones(n, np.bool_) & self._matching(query.filters, slice(n))
         if live.epoch:
             eligible &= np.unpackbits(live.bits, count=n, bitorder="little").view(np.bool_)
         eligible[excluded[excluded < n]] = False
         if np.count_nonzero(eligible) > max(EXACT_ROWS, width):
-            found = self._search_index(query, user, width, eligible)
+            found = self._search_index(query, user, width, eligible) if query.filters else found
             if len(found[0]) == width or not query.filters:
                 return found
         return self._search_exactly(np.flatnonzero(eligible), user, width)
 
     def _search_index(self, query: Query, user: F32, width: int, eligible: Mask | None = None) -> tuple[Rows, Scores]:
         n, live = min(self.generation.index.ntotal, int(width * self.retriever.overfetch)), query.live
-        bits = live.bits if live.has_lost else None
-        bits = bits if eligible is None else np.packbits(eligible, bitorder="little")
+        bits = (live.bits if live.has_lost else None) if eligible is None else np.packbits(eligible, bitorder="little")
         parameters = self._parameters(None if bits is None else faiss.IDSelectorBitmap(bits), n)
         try:
             (scores,), (rows,) = self.generation.index.search(user[None], n, params=parameters)

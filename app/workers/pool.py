@@ -211,7 +211,7 @@ class WorkerPool:
         return job
 
     def _is_overdue(self, job: _Job) -> None:
-        if job in self.queue:
+        if not self._who_has(job):
             self._fail(job, StageFailed("nobody has begun"), "expired")
 
     def change(self, change: bytes) -> None:
