@@ -36,9 +36,8 @@ class Gate:
         self.most, self.sla_s = most, sla_s
         self.quality, self.admission = Quality(), Admission(most, sla_s)
         self.phase = Phase.STARTING
-        self.n_workers = 1
         # Those that are coming have found room, and will ask for a permit in a moment.
-        self.inflight = self.coming = 0
+        self.n_workers, self.inflight, self.coming = 1, 0, 0
         # With its priority; the highest first, and of one priority the oldest.
         self.waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._is_idle = asyncio.Event()

@@ -88,6 +88,11 @@ def test_room_changes_nothing_of_what_is_there(generation, catalogue):
             catalogue.tables[name][0] = table[1]
 
 
+def test_tables_begin_where_a_huge_page_may(catalogue):
+    offset = np.lib.format.open_memmap(catalogue.path / "items/embedding.npy", mode="r").offset
+    assert (catalogue.tables["embedding"].ctypes.data - offset) % (1 << 21) == 0
+
+
 def test_what_is_written_never_reaches_the_file(generation, catalogue):
     before = (generation.path / "items/embedding.npy").read_bytes()
     change(catalogue, add=[item(7, 3)])
