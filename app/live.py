@@ -28,7 +28,7 @@ from app.wire import SHOWN_ERRORS, ItemsRequest, NewItem, parse
 # Of mmap(2), and not in Python's: at this address and no other; without room in the swap; the answer to a refusal.
 FIXED, NO_RESERVE, FAILED = 0x10, 0x4000, ctypes.c_void_p(-1).value
 PRIVATE, NOWHERE = mmap.MAP_PRIVATE | NO_RESERVE, -1  # to this process alone; where there is no file
-MAY, HUGE = mmap.PROT_READ | mmap.PROT_WRITE, 1 << 21  # and the bytes of a huge page
+MAY, HUGE, LARGE = mmap.PROT_READ | mmap.PROT_WRITE, 1 << 21, 1 << 31  # bytes: of a huge page, of a large table
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
 libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *3 * (ctypes.c_int,), ctypes.c_long)
@@ -51,14 +51,15 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
 
     What is written goes to this process's own pages, never to the file. It begins where a huge page may, as other maps
     of files do: where the system keeps a file in such pages, rows are found sooner (on W1, a core that idles between
-    two requests takes 2.9 ms for the kernels of one instead of 3.5, 2026-11).
+    two requests takes 2.9 ms for the kernels of one instead of 3.5, 2026-11). Not a large one: it may be in memory in
+    part, and each row that is read would bring in the two megabytes around it.
     """
     require(table.flags.c_contiguous, f"{ITEMS}/{file.name}: must be in C order")
     offset = np.lib.format.open_memmap(file, mode="r").offset
     end, shape = offset + table.nbytes, (len(table) + room, *table.shape[1:])
     size = offset + table.itemsize * int(np.prod(shape))
     start = libc.mmap(None, size + HUGE, MAY, PRIVATE | mmap.MAP_ANONYMOUS, NOWHERE, 0)
-    at = start + -start % HUGE
+    at = start + -start % (HUGE if end <= LARGE else mmap.PAGESIZE)
     with file.open("rb") as f:
         is_mapped = start != FAILED and libc.mmap(at, end, MAY, PRIVATE | FIXED, f.fileno(), 0) == at
     require(is_mapped, f"{ITEMS}/{file.name}: can't be mapped ({os.strerror(ctypes.get_errno())})")

@@ -45,6 +45,7 @@ N_GOLDEN = 8
 TRIAL_REQUESTS, TRIAL_ROWS = 5, 48  # of the check that rows are scored alone
 FEWEST_TIMED = max(hoisting.FEW)  # rows of a trial on which a re-ranker in parts is compared with the whole
 SEED = 20
+AT_ONCE = 1 << 24  # bytes of an index to write, so that the system may keep them in huge pages
 IDENTITY = Knots(x=(0.0, 1.0), y=(0.0, 1.0))
 
 
@@ -211,7 +212,8 @@ def _with_index(
     embeddings = np.load(generation.path / ITEMS / "embedding.npy", mmap_mode="r")  # its own map: read from end to end
     width = generation.manifest.funnel.retrieve
     built = index.build(embeddings, users, width, target, kind=kind, say=say)
-    faiss.write_index(built.index, str(generation.path / "index.faiss"))
+    with (generation.path / "index.faiss").open("wb", buffering=AT_ONCE) as file:
+        faiss.write_index(built.index, faiss.PyCallbackIOWriter(file.write, AT_ONCE))
     search = ", ".join(f"{name} {value}" for name, value in built.search.items()) or "exact"
     say(
         f"index: {built.kind} ({search}), recall@{built.recall.at} {built.recall.reached:.3f} on "
