@@ -19,6 +19,7 @@ from pydantic_core import from_json
 from app import users
 from app.bundle import NO_ROW, Generation
 from app.errors import FieldError, InvalidRequest, MalformedBody, require, shown
+from app.features import LARGEST
 from app.flow import LABELS, Array, Arrays, Filter, Query, Ranking, Rows, Stage, Told, sealed
 from app.settings import Limits
 
@@ -323,9 +324,12 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
 
 
 def _number(where: str, value: float | str, vocab: Mapping[str, int] | None) -> float:
-    """A category nobody has matches nothing; a name for a table without names is an error."""
-    if not isinstance(value, str):
-        return value
-    if vocab is None:
-        raise InvalidRequest(FieldError(where, shown(value), "a number: this table has no category names"))
-    return vocab.get(value, np.nan)
+    """A category nobody has matches nothing; a name for a table without names is an error.
+
+    So is a number that JSON's don't tell from the next one.
+    """
+    if isinstance(value, str) and vocab is not None:
+        return vocab.get(value, np.nan)
+    if isinstance(value, str) or abs(value) >= LARGEST["int64"]:
+        raise InvalidRequest(FieldError(where, shown(value), "a number under 2^53; only categories have names"))
+    return value

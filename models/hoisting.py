@@ -8,20 +8,22 @@ A way is taken when it saves more than a measurement errs by. What was refused, 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
-from app.bundle import HOISTED, ITEMS, ONCE, Generation, open_session
+from app.bundle import HOISTED, ITEMS, ONCE, Generation, mapped, open_session
 from app.features import Inputs, ModelInput, Source, item_inputs, read_rows
 from app.flow import Candidates, Person, Rows
 from models import graph_parts
 from models.graph import TOLERANCE
 from models.pack_config import PackError
+from models.pack_files import AT_ONCE
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -235,19 +237,22 @@ def _schema(generation: Generation, way: Way) -> tuple[ModelInput, ...]:
 def _write(generation: Generation, way: Way) -> dict[str, Array]:
     """The tables, each f32[N, ...], made in blocks of items. Returns memory maps by name."""
     inputs = tuple(i for i in generation.manifest.features.re_ranker if way.item and i.name in way.item.reads)
-    nobody, n, written = Person(np.empty(0, np.int64), {}), generation.n_items, dict[str, Array]()
-    for start in range(0, n, BLOCK):
-        rows = np.arange(start, min(start + BLOCK, n))
-        nothing = np.zeros(len(rows), np.float32)
-        items = Candidates(rows, nothing, nothing.astype(np.uint32), np.zeros(generation.d, np.float32))
-        made = way.item(item_inputs(inputs, Inputs(generation.tables, nobody, items, {}))) if way.item else {}
-        for number, name in enumerate(way.parts.tables):
-            table, shape = f"{HOISTED}{number}", (n, *made[name].shape[1:])
-            if table not in written:
-                file = generation.path / ITEMS / f"{table}.npy"
-                written[table] = open_memmap(file, "w+", np.float32, shape)
-            written[table][start : start + len(rows)] = made[name]
-    return {name: np.asarray(table) for name, table in written.items()}
+    nobody, n, written = Person(np.empty(0, np.int64), {}), generation.n_items, dict[str, BinaryIO]()
+    with ExitStack() as opened:
+        for start in range(0, n, BLOCK):
+            rows = np.arange(start, min(start + BLOCK, n))
+            nothing = np.zeros(len(rows), np.float32)
+            items = Candidates(rows, nothing, nothing.astype(np.uint32), np.zeros(generation.d, np.float32))
+            made = way.item(item_inputs(inputs, Inputs(generation.tables, nobody, items, {}))) if way.item else {}
+            for number, name in enumerate(way.parts.tables):
+                table, block = f"{HOISTED}{number}", np.ascontiguousarray(made[name], "<f4")
+                if table not in written:
+                    file = (generation.path / ITEMS / f"{table}.npy").open("wb", buffering=AT_ONCE)
+                    written[table] = opened.enter_context(file)
+                    form = {"descr": "<f4", "fortran_order": False, "shape": (n, *block.shape[1:])}
+                    write_array_header_1_0(file, form)
+                written[table].write(block.data)
+    return {table: mapped(generation.path / ITEMS / f"{table}.npy") for table in written}
 
 
 def _first_line(e: Exception) -> str:

@@ -34,7 +34,7 @@ from app.flow import Candidates, Origin, Query, sealed
 from app.manifest import MANIFEST, Calibration, FileEntry, Golden, Knots, Manifest, Recall, Retriever, sha256
 from models import evaluate, graph, hoisting, index, loss, score_scale
 from models.pack_config import PackConfig, PackError, read_config
-from models.pack_files import read_json, write_items, write_pre_ranker, write_users, write_vocabularies
+from models.pack_files import AT_ONCE, read_json, write_items, write_pre_ranker, write_users, write_vocabularies
 from models.quantising import quantise_where_it_pays
 
 Say = Callable[[str], None]
@@ -45,7 +45,6 @@ N_GOLDEN = 8
 TRIAL_REQUESTS, TRIAL_ROWS = 5, 48  # of the check that rows are scored alone
 FEWEST_TIMED = max(hoisting.FEW)  # rows of a trial on which a re-ranker in parts is compared with the whole
 SEED = 20
-AT_ONCE = 1 << 24  # bytes of an index to write, so that the system may keep them in huge pages
 IDENTITY = Knots(x=(0.0, 1.0), y=(0.0, 1.0))
 
 

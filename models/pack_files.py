@@ -19,6 +19,7 @@ Array = NDArray[Any]
 NUMBERS = "float16, float32 or integers of up to 64 bits"
 BLOCK = 1_000_000  # rows looked at at once
 POPULAR_MOST = 100_000  # rows of the fallback list when none is given
+AT_ONCE = 1 << 24  # bytes to write of what is made piece by piece, so that the system may keep them in huge pages
 
 
 def write_items(config: PackConfig, draft: Path) -> int:

@@ -120,8 +120,7 @@ class WorkerPool:
         self.generation, self.metrics, self.given = generation, metrics, given or Given()
         self.own = generation_number(generation.digest)
         self.n_history = max((i.length for i in generation.manifest.features.re_ranker), default=0)
-        self.n_wanted = n_workers
-        self.workers = [_Worker(i) for i in range(n_workers + spares)]
+        self.n_wanted, self.workers = n_workers, [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
         self.late: deque[_Job] = deque()  # jobs to be hedged as soon as a worker is idle
         self.backlog = 0  # rows that were submitted and are neither scored nor given up

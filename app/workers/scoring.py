@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from app.bundle import Generation, run_graph, run_model
 from app.control.costs import Cost, Estimate
-from app.errors import StageFailed
+from app.errors import StageFailed, require
 from app.features import Inputs, item_inputs, request_inputs
 from app.flow import F32, Array, Arrays, Candidates, Person, Scores
 
@@ -75,12 +75,18 @@ class ShardModel:
         return given | run_graph(self.once, given, options) if self.once else given
 
     def score(self, shard: Shard, request: Arrays, options: ort.RunOptions) -> Scores:
-        """The scores of these candidates, f32[n], in their order. Raises StageFailed."""
-        given = Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
-        scores = run_model(self.session, {**request, **item_inputs(self.inputs, given)}, options)
-        if scores.size != len(shard.candidates):
-            raise StageFailed(f"re_ranker.onnx gave {scores.size} scores for {len(shard.candidates)} rows")
-        return np.asarray(scores, np.float32).reshape(-1)
+        """The scores of these candidates, f32[n], in their order. Raises StageFailed.
+
+        A single one is scored twice: onnxruntime has a way of its own for one row, whose last digits are others, and in
+        eight bits a last digit may be a whole step.
+        """
+        n, given = len(shard.candidates), Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
+        items = item_inputs(self.inputs, given)
+        if n == 1:
+            items = {name: np.repeat(values, 2, axis=0) for name, values in items.items()}
+        scores = run_model(self.session, {**request, **items}, options)
+        require(scores.size == max(n, 2), f"re_ranker.onnx gave {scores.size} scores for {max(n, 2)} rows", StageFailed)
+        return np.asarray(scores, np.float32).reshape(-1)[:n]
 
 
 class Run:
@@ -113,8 +119,7 @@ class InProcess:
     n_workers = 1
 
     def __init__(self, model: ShardModel, paced_row_s: float = 0.0) -> None:
-        self.model, self.paced_row_s, self.run = model, paced_row_s, Run()
-        self.row_s = 0.0
+        self.model, self.paced_row_s, self.run, self.row_s = model, paced_row_s, Run(), 0.0
         self.cost: Cost | None = None
 
     def fits(self, budget_s: float) -> int:

@@ -89,8 +89,8 @@ class Worker:
         self.scorer = InProcess(ShardModel(self.generation), given.paced_row_s)
         self.funnel = Funnel(self.generation, self.scorer, given.reserve_s)
         self.funnel.retrieval.cost, self.funnel.preranking.cost = given.costs
-        self.job = self.stopped = 0  # what is being done, or was last; what was to be stopped last
-        self.is_left = False  # the parent is gone
+        # What is being done, or was last; what was to be stopped last; whether the parent is gone.
+        self.job, self.stopped, self.is_left = 0, 0, False
         self.sending = threading.Lock()
         self._warm_up()
         live.replay(self.generation, given.changes)  # afterwards: they may leave nothing to be warmed by

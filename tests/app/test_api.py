@@ -409,6 +409,7 @@ WRONG = [
     ({"filters": [{"field": "genres", "eq": "drama", "lte": 1}]}, "filters.0", "genres", "eq or in"),
     ({"filters": [{"field": "year", "eq": "new"}]}, "filters.0.eq", "new", "a number"),
     ({"filters": [{"field": "year", "in": [1, "new"]}]}, "filters.0.in", "new", "a number"),
+    ({"filters": [{"field": "year", "eq": 2**53 + 1}]}, "filters.0.eq", 2.0**53, "under 2^53"),
     ({"filters": [{"field": "year"}]}, "filters.0", "{'field': 'year'}", "one of eq, in, gte, lte is needed"),
     ({"filters": [{"field": "year", "eq": 1, "in": [1]}]}, "filters.0", None, "eq or in, not both"),
     ({"filters": [{"eq": 1}]}, "filters.0.field", "{'eq': 1}", "required"),
