@@ -48,10 +48,9 @@ def routes(service: Service) -> APIRouter:
     @router.get("/readyz", response_class=PlainTextResponse, responses={503: {"model": str}})
     async def readyz() -> Response:
         """Warm, at least one worker alive, not draining."""
-        phase, serving = service.gate.phase, service.serving
-        if phase is Phase.SERVING and serving and serving.pool.n_workers:
+        if service.gate.phase is Phase.SERVING and service.serving and service.serving.pool.n_workers:
             return PlainTextResponse("ready\n")
-        why = "no worker is alive" if phase is Phase.SERVING else phase
+        why = "no worker is alive" if service.gate.phase is Phase.SERVING else service.gate.phase
         return PlainTextResponse(f"not ready: {why}\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
     return router

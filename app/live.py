@@ -51,15 +51,15 @@ def _with_room(file: Path, table: Array, room: int) -> Array:
 
     What is written goes to this process's own pages, never to the file. It begins where a huge page may, as other maps
     of files do: where the system keeps a file in such pages, rows are found sooner (on W1, a core that idles between
-    two requests takes 2.9 ms for the kernels of one instead of 3.5, 2026-11). Not a large one: it may be in memory in
-    part, and each row that is read would bring in the two megabytes around it.
+    two requests takes 2.9 ms for the kernels of one instead of 3.5, 2026-11). A large one begins elsewhere: of rows
+    here and there in it two megabytes each would count as this process's.
     """
     require(table.flags.c_contiguous, f"{ITEMS}/{file.name}: must be in C order")
     offset = np.lib.format.open_memmap(file, mode="r").offset
     end, shape = offset + table.nbytes, (len(table) + room, *table.shape[1:])
     size = offset + table.itemsize * int(np.prod(shape))
     start = libc.mmap(None, size + HUGE, MAY, PRIVATE | mmap.MAP_ANONYMOUS, NOWHERE, 0)
-    at = start + -start % (HUGE if end <= LARGE else mmap.PAGESIZE)
+    at = start + -start % HUGE + (mmap.PAGESIZE if end > LARGE else 0)
     with file.open("rb") as f:
         is_mapped = start != FAILED and libc.mmap(at, end, MAY, PRIVATE | FIXED, f.fileno(), 0) == at
     require(is_mapped, f"{ITEMS}/{file.name}: can't be mapped ({os.strerror(ctypes.get_errno())})")

@@ -61,8 +61,8 @@ class FilterPart(Wire):
 
     @model_validator(mode="after")
     def _says_something(self) -> "FilterPart":
-        if self.eq is None and self.one_of is None and self.gte is None and self.lte is None:
-            raise ValueError("one of eq, in, gte, lte is needed")
+        says = any(part is not None for part in (self.eq, self.one_of, self.gte, self.lte))
+        require(says, "one of eq, in, gte, lte is needed", ValueError)
         require(self.eq is None or self.one_of is None, "eq or in, not both", ValueError)
         return self
 
@@ -319,17 +319,18 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
     if vocab is not None and (part.gte, part.lte) != (None, None):
         raise InvalidRequest(FieldError(where, shown(part.field), "eq or in: category names have no order"))
     key, wanted = ("in", part.one_of) if part.eq is None else ("eq", [part.eq])
+    largest = max((v for v in (*(wanted or ()), part.gte, part.lte) if isinstance(v, float)), key=abs, default=0.0)
+    # As a float a larger one can't be told from the next whole number.
+    if generation.tables[part.field].dtype.kind in "iu" and abs(largest) >= LARGEST["int64"]:
+        raise InvalidRequest(FieldError(where, shown(largest), "numbers under 2^53: the table holds integers"))
     values = None if wanted is None else np.array([_number(f"{where}.{key}", v, vocab) for v in wanted], np.float64)
     return Filter(part.field, values, part.gte, part.lte)
 
 
 def _number(where: str, value: float | str, vocab: Mapping[str, int] | None) -> float:
-    """A category nobody has matches nothing; a name for a table without names is an error.
-
-    So is a number that JSON's don't tell from the next one.
-    """
-    if isinstance(value, str) and vocab is not None:
-        return vocab.get(value, np.nan)
-    if isinstance(value, str) or abs(value) >= LARGEST["int64"]:
-        raise InvalidRequest(FieldError(where, shown(value), "a number under 2^53; only categories have names"))
-    return value
+    """A category nobody has matches nothing; a name for a table without names is an error."""
+    if not isinstance(value, str):
+        return value
+    if vocab is None:
+        raise InvalidRequest(FieldError(where, shown(value), "a number: this table has no category names"))
+    return vocab.get(value, np.nan)

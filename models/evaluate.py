@@ -95,11 +95,12 @@ def re_rank(generation: Generation, query: Query, candidates: Candidates) -> Flo
     """The re-ranker's scores of all these candidates, f32[n]. Raises PackError if it fails."""
     if not len(candidates):
         return np.empty(0, np.float32)
+    doubled = candidates.take(np.zeros(2, np.intp)) if len(candidates) == 1 else candidates  # as the service does
     try:
-        scores = run_model(generation.re_ranker, re_ranker_feeds(generation, query, candidates))
+        scores = run_model(generation.re_ranker, re_ranker_feeds(generation, query, doubled))
     except StageFailed as e:
         raise PackError(f"re_ranker.onnx: fails on a sample request ({_first_line(e)})") from e
-    return np.asarray(scores, np.float32).reshape(-1)
+    return np.asarray(scores, np.float32).reshape(-1)[: len(candidates)]
 
 
 def prerank(

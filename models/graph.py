@@ -240,9 +240,9 @@ def check_output(output: NDArray[Any], n: int, file: str) -> bool:
 
 
 def check_rows_alone(run: Callable[[Feeds], Scores], feeds: Feeds, per_item: Sequence[str], file: str) -> None:
-    """Score a batch whole, again, in pieces, permuted and by twos; raise PackError where scores differ.
+    """Score a batch whole, again, in pieces, permuted and each row beside itself; raise PackError where scores differ.
 
-    The service scores no row alone (app/workers/scoring.py).
+    No batch of one row reaches the model in the service (app/workers/scoring.py), and none does here.
 
     Args:
         run: the graph: inputs by name → f32[n].
@@ -255,9 +255,9 @@ def check_rows_alone(run: Callable[[Feeds], Scores], feeds: Feeds, per_item: Seq
     order = np.random.default_rng(0).permutation(n)
     ways = {
         "from one run to the next": [np.arange(n)],
-        "with the batch's size": np.array_split(np.arange(n), 3),
+        "with the batch's size": np.array_split(np.arange(n), max(1, min(3, n // 2))),
         "with the order of the rows": [order],
-        "with the other rows of the batch": np.array_split(np.arange(n), n // 2),
+        "with the other rows of the batch": [np.array([row, row]) for row in range(n)],
     }
     for how, pieces in ways.items():
         scores = np.empty(n, np.float32)

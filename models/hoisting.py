@@ -34,7 +34,7 @@ RE_RANKER = "re_ranker.onnx"
 # graph, isn't taken.
 PAYS, PAYS_S = 0.97, 1e-4
 ROUNDS, LONGEST_S = 15, 10.0  # of timing, each way on each trial in turn; or fewer, when they take longer
-FEW = (1, 7)  # rows on which scores are compared as well; a trial has more
+FEW = (2, 7)  # rows on which scores are compared as well; a trial has more
 MOST_BYTES = 2  # tables may take so many times what the embeddings take
 BLOCK = 8_192  # items whose tables are made at a time
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # is_folded, has_tables

@@ -294,8 +294,7 @@ class WorkerPool:
     def _ended(self, job: _Job) -> None:
         """The job is done, failed or given up."""
         self.backlog -= job.n_left
-        if job in self.late:
-            self.late.remove(job)
+        self.late = deque(other for other in self.late if other is not job)
         if job.answer.cancelled():
             self.metrics.shard("late" if job.sent else "expired", job.seconds)
         self._stop(job)

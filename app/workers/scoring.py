@@ -58,6 +58,8 @@ class ShardScorer(Estimate, Protocol):
     def submit(self, shard: Shard, deliver: Deliver) -> Answer:
         """Slices go to `deliver` as they come; the future ends with the shard, or in StageFailed.
 
+        No batch of one row reaches the model (see ShardModel.score).
+
         Cancel it when nobody waits any more: what runs is stopped, and nothing is delivered afterwards.
         """
 
@@ -81,11 +83,10 @@ class ShardModel:
         eight bits a last digit may be a whole step.
         """
         n, given = len(shard.candidates), Inputs(self.tables, shard.person, shard.candidates, shard.candidate_fields)
-        items = item_inputs(self.inputs, given)
-        if n == 1:
-            items = {name: np.repeat(values, 2, axis=0) for name, values in items.items()}
+        items, n_run = item_inputs(self.inputs, given), max(n, 2)
+        items = {name: np.repeat(values, 2, axis=0) for name, values in items.items()} if n == 1 else items
         scores = run_model(self.session, {**request, **items}, options)
-        require(scores.size == max(n, 2), f"re_ranker.onnx gave {scores.size} scores for {max(n, 2)} rows", StageFailed)
+        require(scores.size == n_run, f"re_ranker.onnx gave {scores.size} scores for {n_run} rows", StageFailed)
         return np.asarray(scores, np.float32).reshape(-1)[:n]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import mmap
 import os
 import re
 import signal
@@ -90,7 +91,15 @@ def test_room_changes_nothing_of_what_is_there(generation, catalogue):
 
 def test_tables_begin_where_a_huge_page_may(catalogue):
     offset = np.lib.format.open_memmap(catalogue.path / "items/embedding.npy", mode="r").offset
-    assert (catalogue.tables["embedding"].ctypes.data - offset) % (1 << 21) == 0
+    assert (catalogue.tables["embedding"].ctypes.data - offset) % live.HUGE == 0
+
+
+def test_large_tables_do_not(generation, monkeypatch):
+    monkeypatch.setattr(live, "LARGE", 0)
+    wide = live.changeable(generation, ROOM)
+    offset = np.lib.format.open_memmap(wide.path / "items/embedding.npy", mode="r").offset
+    assert (wide.tables["embedding"].ctypes.data - offset) % live.HUGE == mmap.PAGESIZE
+    assert np.array_equal(wide.tables["embedding"][: world.N], generation.tables["embedding"])
 
 
 def test_what_is_written_never_reaches_the_file(generation, catalogue):

@@ -110,6 +110,26 @@ def test_a_child_refuses_a_job_of_another_generation(child, generation, funnel):
     assert "another generation" in str(payload)
 
 
+def test_a_single_row_is_scored_in_a_batch_of_two(generation, funnel, monkeypatch):
+    """onnxruntime adds up a batch of one in another order, which in eight bits may be a whole step."""
+    batches, run = [], scoring.run_model
+
+    def spied(session, feeds, options):
+        batches.append({len(feeds[i.name]) for i in model.inputs if i.per == "item"})
+        return run(session, feeds, options)
+
+    monkeypatch.setattr(scoring, "run_model", spied)
+    query = offline_query({"user": {"id": "cho"}}, generation)
+    found = funnel.retrieval.search(query, 5)
+    shard = Shard(query.person, found, {"candidate.bid": np.arange(5, dtype=np.float32)[:, None]}, until=0.0)
+    model, options = scoring.ShardModel(generation), scoring.Run().options
+    request = model.request_inputs(query.person, shard.candidates.user_embedding, options)
+    whole = model.score(shard, request, options)
+    alone = [model.score(shard.part(row, row + 1), request, options) for row in range(5)]
+    assert batches == [{5}, *5 * [{2}]]
+    np.testing.assert_allclose(np.concatenate(alone), whole, rtol=1e-5)
+
+
 def test_slices_come_best_first_and_make_up_the_shard(child, generation, funnel, monkeypatch):
     monkeypatch.setattr(scoring, "slice_rows", lambda _, n_left, __: min(8, n_left))
     shard = send_shard(child, generation, funnel)

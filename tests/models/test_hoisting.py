@@ -41,6 +41,7 @@ def cut_bundle(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return {way.what: 1.0 - 0.5 * bool(way.parts.tables) for way in ways}
 
     monkeypatch.setattr(hoisting, "timed", timed)
+    monkeypatch.setattr(hoisting, "BLOCK", 7)  # items: several blocks, the last not whole
     assert main(["hoist", str(bundle), "--out", str(tmp_path / "cut")]) == 0
     return tmp_path / "cut"
 
