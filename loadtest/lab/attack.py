@@ -104,8 +104,9 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             seen, facts = fly(target, what, parsed.warm_up + seconds)
     except RuntimeError as e:
         print(f"not measured: {e}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            folder.rmdir() if is_new else None
+        if is_new:  # what was there before stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         return 2
     setup = options.described(parsed) | {"arrivals": described(parsed, seconds), "bodies sent": len(bodies)}
     kept = record(

@@ -456,7 +456,7 @@ async def test_an_order_that_is_not_reproduced_is_told_by_item_and_place(copy):
         await prove(load(copy))
 
 
-def test_a_number_of_items_that_is_not_the_tables_is_told_as_the_manifests(copy):
+def test_a_number_of_items_that_is_not_the_tables_is_told_beside_the_manifests(copy):
     reseal(copy, lambda manifest: manifest["retrievers"][0].update(n=2))
     assert refusal(copy) == "index.faiss: holds 50 × 8, items are 50 × 8, the manifest says 2 items"
 
