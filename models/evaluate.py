@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,19 @@ def score_through(
     for query, coarse in prerank(generation, queries, is_popular=is_popular):
         found = coarse.candidates
         yield ScoredThrough(query, found, coarse.scores, re_rank(generation, query, found))
+
+
+def narrower(generation: Generation, whole: ScoredThrough, shares: Iterable[float]) -> dict[float, NDArray[np.int32]]:
+    """What searches for these shares of the width find of what the whole one did: places in it, in their order.
+
+    Nothing where the caller says what to rank: all of that is kept.
+    """
+    if whole.query.candidates is not None:
+        return {}
+    retrieval, width = offline_funnel(generation).retrieval, generation.manifest.funnel.retrieve
+    place = {row: at for at, row in enumerate(whole.candidates.rows.tolist())}
+    found = {share: retrieval.search(whole.query, ceil(share * width)).rows.tolist() for share in shares if share < 1}
+    return {share: np.array([place[row] for row in rows if row in place], np.int32) for share, rows in found.items()}
 
 
 def run_funnel(generation: Generation, queries: Sequence[Query]) -> list[Ranking]:

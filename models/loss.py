@@ -9,7 +9,7 @@ over 250 lines because each way to lose a part stands beside the simulation of i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ MOST_ROWS = 8_000_000  # candidates of all samples together, each re-ranked: 40 
 FEWEST_REQUESTS = 200
 MOST_OTHERWISE = 400  # requests scored as well where retrieval fails, and where nobody says who asks
 RETRIEVED = (0.02, 0.05, 0.1, 0.17, 0.3, 0.5, 0.75, 1.0)  # shares with a curve of their own
+HELD_OUT = tuple(np.linspace(0.08, 0.98, 10).tolist())  # of the check
 PRERANKED = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 POPULAR_PRERANKED = (0.0, 1.0)
 N_BANDS = 10
@@ -46,13 +47,15 @@ class Found:
     """What retrieval found for one request, in its order, scored by every stage on the re-ranker's scale.
 
     found, coarse: f32[n], scores of retrieval and pre-ranking as they are carried. fine: f32[n], the re-ranker's own.
-    gains: f64[n], what each is worth by its place in the full funnel's answer.
+    gains: f64[n], what each is worth by its place in the full funnel's answer. narrower: by share of the width, the
+    places in `found` of what a search for so many finds, i32, in its order; elsewhere it finds the first.
     """
 
     found: Scores
     coarse: Scores
     fine: Scores
     gains: Floats
+    narrower: Mapping[float, NDArray[np.int32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def measure(generation: Generation, requests: Sequence[evaluate.Request]) -> Los
 
 def check(generation: Generation, requests: Sequence[evaluate.Request]) -> list[str]:
     """Lines of text: what a table fitted on one half of the requests expects, and what the other half lost."""
-    widths, samples = score_samples(generation, requests)
+    widths, samples = score_samples(generation, requests, (*RETRIEVED, *HELD_OUT))
     if len(samples) < 2:
         return []
     table, others = fit_table(widths, samples[::2]), samples[1::2]
@@ -149,8 +152,13 @@ def n_samples(generation: Generation, requests: Sequence[evaluate.Request]) -> i
     return int(np.clip(most, min(FEWEST_REQUESTS, len(requests)), len(requests)))
 
 
-def score_samples(generation: Generation, requests: Sequence[evaluate.Request]) -> tuple[Widths, list[Sample]]:
-    """Requests evenly spread over those given, scored through. Raises PackError."""
+def score_samples(
+    generation: Generation, requests: Sequence[evaluate.Request], shares: Sequence[float] = RETRIEVED
+) -> tuple[Widths, list[Sample]]:
+    """Requests evenly spread over those given, scored through. Raises PackError.
+
+    shares: of retrieval's width, for which each is searched as well.
+    """
     funnel, n = generation.manifest.funnel, n_samples(generation, requests)
     widths = Widths(funnel.rerank, max(funnel.rerank, funnel.k), funnel.k)
     chosen = [requests[at] for at in np.linspace(0, len(requests) - 1, n).astype(int)]
@@ -166,7 +174,7 @@ def score_samples(generation: Generation, requests: Sequence[evaluate.Request]) 
         (next(nameless) if other else None for other in is_nameless),
         strict=True,
     )
-    return widths, [_sample(generation, widths, *way) for way in ways]
+    return widths, [_sample(generation, widths, shares, *way) for way in ways]
 
 
 def _is_named(request: evaluate.Request) -> bool:
@@ -180,6 +188,7 @@ def _without_name(request: evaluate.Request) -> evaluate.Request:
 def _sample(
     generation: Generation,
     widths: Widths,
+    shares: Sequence[float],
     whole: ScoredThrough,
     popular: ScoredThrough | None,
     nameless: ScoredThrough | None,
@@ -192,7 +201,8 @@ def _sample(
     ideal[len(best) :] = 0
     gain = dict(zip(best.tolist(), ideal.tolist(), strict=False))
     others = [None if way is None else _found(generation, way, gain) for way in (popular, nameless)]
-    return Sample(_found(generation, whole, gain), others[0], others[1], ideal)
+    found = replace(_found(generation, whole, gain), narrower=evaluate.narrower(generation, whole, shares))
+    return Sample(found, others[0], others[1], ideal)
 
 
 def _found(generation: Generation, through: ScoredThrough, gain: Mapping[int, float]) -> Found:
@@ -233,18 +243,21 @@ def simulate(samples: Sequence[Sample], situation: Situation, widths: Widths) ->
 
 def _received(given: Found, situation: Situation, widths: Widths) -> Found:
     """What re-ranking receives, best first; `coarse` are the scores that it comes with."""
-    n = int(np.ceil(situation.retrieved * len(given.found)))
-    is_preranked = np.arange(n) < np.ceil(situation.preranked * n)
-    carried = np.where(is_preranked, given.coarse[:n], given.found[:n])
+    first = np.arange(np.ceil(situation.retrieved * len(given.found)), dtype=np.int32)
+    at = given.narrower.get(situation.retrieved, first)
+    is_preranked = np.arange(len(at)) < np.ceil(situation.preranked * len(at))
+    carried = np.where(is_preranked, given.coarse[at], given.found[at])
     order = np.argsort(-_sinking(carried), kind="stable")[: widths.keep]
-    return Found(given.found[order], carried[order], given.fine[order], given.gains[order])
+    at = at[order]
+    return Found(given.found[at], carried[order], given.fine[at], given.gains[at])
 
 
 def _shown(fine: Scores, carried: Scores, scored: Mask, k: int) -> NDArray[np.intp]:
     """i64[q, m, min(k, n)]: positions of the k best of each answer, best first.
 
-    fine, carried: f32[q, n]. scored: bool[m, up to n], which positions were re-ranked in each variant.
+    fine, carried: f32[q, n]. scored: bool[m, any], which positions were re-ranked in each variant.
     """
+    scored = scored[:, : fine.shape[1]]
     is_fresh = np.zeros((len(scored), fine.shape[1]), np.bool_)
     is_fresh[:, : scored.shape[1]] = scored
     fine, carried = fine[:, None], carried[:, None]
@@ -287,7 +300,7 @@ def held_out(width: int) -> dict[str, list[Situation]]:
     """The situations of the check by cause, with other masks and other shares than those of the fit."""
     rng = np.random.default_rng(SEED + 1)
     masks, whole = random_masks(width, 40, rng), np.ones((1, width), np.bool_)
-    lost, shares = masks["shards lost"], np.linspace(0.08, 0.98, 10)
+    lost, shares = masks["shards lost"], HELD_OUT
     narrow = [np.arange(width)[None] < share * width for share in shares]
     return {
         **{f"re-ranking {cause}": [Situation(mask)] for cause, mask in masks.items()},

@@ -51,6 +51,7 @@ BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled
 RECENT = 0.2  # weight of a slice in what a worker's rows take it
 SLOW = 4.0  # times the fastest worker's: a spare is better
 FORGIVEN = 0.99  # of it is left after a look: a worker ten times slower is tried again after 20 s
+EARLY_S = 1e-3  # that the loop's timers may ring too soon
 ROUND_TRIP_S = 5e-4  # to a worker and back, with the rows of a shard made into inputs
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ class _Job:
 class _Worker:
     """One child: `number` stays when it is replaced. Its task owns process and socket, which a ready worker has.
 
-    timer: rings when its job is late. run: counts its jobs; by it they are told apart on its sockets. offset: the first
-    row that it was given of its job. since: when. owes: what it must answer within so many looks.
+    run: counts its jobs; by it they are told apart on its sockets. offset: the first row that it was given of its job.
+    since: when. late_at: when it should have been done, and `timer` rings. owes: what it must answer within so many
+    looks.
     state: alive, starting, or backing_off (waiting to be started again).
     row_s: what a row took it lately; one that isn't used is slowly forgiven. n_changes: of items, told at its start.
     """
@@ -101,6 +103,7 @@ class _Worker:
     run: int = 0
     offset: int = 0
     since: float = 0.0
+    late_at: float = 0.0
     row_s: float = 0.0
     n_changes: int = 0
     owes: dict[Kind, int] = field(default_factory=dict)
@@ -122,7 +125,6 @@ class WorkerPool:
         self.n_history = max((i.length for i in generation.manifest.features.re_ranker), default=0)
         self.n_wanted, self.workers = n_workers, [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
-        self.late: deque[_Job] = deque()  # jobs to be hedged as soon as a worker is idle
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
         self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
@@ -241,28 +243,23 @@ class WorkerPool:
                 self._fail(job, StageFailed("expired before a worker was free"), "expired")
             elif not job.answer.done():
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
-        while self.late and idle:
-            job = self.late.popleft()
-            if not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
+        late = [w.job for w in self.workers if w.job and w.late_at <= now + EARLY_S]
+        for job in late:
+            if idle and not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
                 self._send(idle.pop(0), job, "hedge")
 
     def _send(self, worker: _Worker, job: _Job, work: str) -> None:
         worker.job, worker.run, worker.offset, worker.since = job, worker.run + 1, job.done, time.monotonic()
+        worker.late_at = worker.since + late_after(self.cost.seconds(job.n_left))
         job.sent.append(work)
         self.metrics.rows.labels(work).inc(job.n_left)
         if work == "first":
             self.hedges.earn(job.n_left)
-        after_s = late_after(self.cost.seconds(job.n_left))
-        worker.timer = asyncio.get_running_loop().call_later(after_s, self._is_late, job)
+        worker.timer = asyncio.get_running_loop().call_at(worker.late_at, self._hand_out)
         worker.transport.write(frame(job.kind, self.own, worker.run, job.says(job.done)))
 
     def _who_has(self, job: _Job) -> list[_Worker]:
         return [worker for worker in self.workers if worker.job is job]
-
-    def _is_late(self, job: _Job) -> None:
-        if not job.answer.done():
-            self.late.append(job)
-        self._hand_out()
 
     def _deliver(self, worker: _Worker, job: _Job, got: Slice) -> bool:
         """Deliver what is new in a slice, for another worker may have been faster. Returns whether it is the last."""
@@ -294,7 +291,6 @@ class WorkerPool:
     def _ended(self, job: _Job) -> None:
         """The job is done, failed or given up."""
         self.backlog -= job.n_left
-        self.late = deque(other for other in self.late if other is not job)
         if job.answer.cancelled():
             self.metrics.shard("late" if job.sent else "expired", job.seconds)
         self._stop(job)

@@ -74,6 +74,25 @@ def over(request, generation):
     return Retrieval(patched)
 
 
+def test_a_narrower_search_looks_in_fewer_lists(generation):
+    retriever = generation.manifest.retrievers[0].model_copy(
+        update={"kind": "ivf_sq8", "n": N, "search": {"nprobe": 3}, "overfetch": 1.0}
+    )
+    widths = generation.manifest.funnel.model_copy(update={"retrieve": 30, "rerank": 4})
+    manifest = generation.manifest.model_copy(update={"retrievers": (retriever,), "funnel": widths})
+    over = Retrieval(
+        replace(
+            generation, ids=Ids(np.arange(N), np.arange(N)), tables=TABLES, index=index_of("ivf_sq8"), manifest=manifest
+        )
+    )
+    looked_in = []
+    for conditions, width in [([], 60), ([], 30), ([], 16), ([], 10), ([], 1), ([], 30)]:
+        faiss.cvar.indexIVF_stats.reset()
+        over.search(asked(generation, conditions, [], []), width)
+        looked_in.append(faiss.cvar.indexIVF_stats.nlist)
+    assert looked_in == [3, 3, 2, 1, 1, 3]
+
+
 def satisfies(row: int, condition: Filter) -> bool:
     held = COLUMNS[condition.table][row]
     values = [v for v in held if v != -1] if isinstance(held, list) else [held]

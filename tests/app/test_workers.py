@@ -286,20 +286,24 @@ async def test_a_late_shard_is_hedged_within_the_budget_and_the_first_answer_win
 
 async def test_a_shard_that_is_over_is_not_hedged(generation, funnel):
     """By nobody: not by its own worker, which is idle again, nor by another once the shard was given up."""
-    pool = Watched(generation, 1, given=Given(paced_row_s=0.005))
-    await pool.start()
-    pool.hedges.earn(10_000)
-    scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
-    await pool.asked.wait()
-    job = pool.workers[0].job
-    pool._is_late(job)  # while nobody is idle
-    assert list(pool.late) == [job]
-    await scored
-    pool._is_late(job)
-    assert not pool.late
-    assert pool.workers[0].job is None
-    assert pool.sent == {"first": 20}
-    await pool.close()
+    for is_given_up, n_workers in ((False, 1), (True, 2)):
+        pool = Watched(generation, n_workers, given=Given(paced_row_s=0.005))
+        await pool.start()
+        pool.hedges.earn(10_000)
+        scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
+        await pool.asked.wait()
+        if is_given_up:
+            scored.cancel()
+        pool.workers[0].late_at = 0.0
+        for _ in range(3):  # the job is late, and its answer is heard of a turn after it was given up
+            await asyncio.sleep(0)
+            is_busy = pool.workers[0].job is not None
+            pool._hand_out()
+        assert is_busy
+        await asyncio.gather(scored, return_exceptions=True)
+        pool._hand_out()
+        assert pool.sent == {"first": 20}
+        await pool.close()
 
 
 async def test_without_budget_a_late_shard_waits(generation, funnel):
@@ -309,7 +313,6 @@ async def test_without_budget_a_late_shard_waits(generation, funnel):
     os.kill(pool.pids()[0], signal.SIGSTOP)
     await pool.score(shard)  # by the other one, once the first is taken for dead
     assert (pool.sent["hedge"], pool.sent["resend"], pool.outcomes["lost"]) == (0, 20, 1)
-    assert not pool.late  # and when it is over, nothing waits to be hedged
     await pool.close()
 
 

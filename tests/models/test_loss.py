@@ -5,7 +5,9 @@ import pytest
 
 from app.bundle import Generation
 from app.control.loss import at_share, loss_of_shares
+from app.flow import Candidates, Query
 from app.manifest import LossTable
+from app.stages.retrieval import Retrieval
 from models import loss, metrics
 from models.loss import Found, Sample, Situation, Widths
 from models.loss_curve import fit_curve, non_negative_least_squares
@@ -164,6 +166,28 @@ def test_what_seldom_happens_is_measured_on_some_of_the_requests(
     for one, other in zip(samples, fewer, strict=True):
         assert np.array_equal(one.whole.fine, other.whole.fine)
         assert other.popular is None or np.array_equal(one.popular.fine, other.popular.fine)  # type: ignore[union-attr]
+
+
+def test_a_narrower_search_is_measured_as_it_is_made(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items that only a wide one finds are lost to it; where the caller names the candidates none are."""
+    width = generation.manifest.funnel.retrieve
+    search = Retrieval.search
+
+    def without_the_first(self: Retrieval, query: Query, wanted: int) -> Candidates:
+        found = search(self, query, wanted)
+        return found if wanted == width else found.take(np.arange(1, len(found)))
+
+    monkeypatch.setattr(Retrieval, "search", without_the_first)
+    widths, (one, named) = loss.score_samples(
+        generation, [{"user": {"id": 1}}, {"candidates": [{"id": 1001}, {"id": 1002}]}], (0.5, 1.0)
+    )
+    assert list(one.whole.narrower) == [0.5]
+    assert one.whole.narrower[0.5].tolist() == list(range(1, width // 2))
+    assert (len(named.whole.found), named.whole.narrower) == (2, {})
+    everything = np.ones((1, widths.rerank), np.bool_)
+    received = loss._received(one.whole, Situation(everything, retrieved=0.5), widths)
+    assert sorted(received.found) == sorted(one.whole.found[1 : width // 2][: widths.keep])
+    assert loss._received(one.whole, Situation(everything), widths).found.max() == one.whole.found[0]
 
 
 def test_a_packed_bundle_has_its_table(generation: Generation) -> None:
