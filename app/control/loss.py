@@ -5,6 +5,7 @@ gives it by what re-ranking missed, for several shares of retrieval's width and 
 the parts of one request's coverage become one number. How the table is measured is the business of `pack`.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,8 +51,9 @@ def at_share(family: LossCurves, share: float, missing: Sequence[float], *, powe
     missing: of each band, see `missing_shares`. power: of the share, in which the loss is taken to be linear. That of
     retrieving less is nearly so in the root, since the first that are found count most.
     """
-    losses = [np.interp(np.dot(curve.weights, missing), curve.x, curve.y) for curve in family.curves]
-    return float(np.interp(share**power, np.power(family.shares, power), losses))
+    at = bisect(family.shares[1:-1], share)
+    losses = [np.interp(np.dot(c.weights, missing), c.x, c.y) for c in family.curves[at : at + 2]]
+    return float(np.interp(share**power, np.power(family.shares[at : at + 2], power), losses))
 
 
 def missing_shares(edges: tuple[int, ...], is_missing: Mask) -> NDArray[np.float64]:
