@@ -338,6 +338,7 @@ class WorkerPool:
             loop = asyncio.get_running_loop()
             stream = partial(_Stream, partial(self._receive, worker))
             worker.transport, answers = await loop.create_unix_connection(stream, sock=ours)
+            worker.transport.set_write_buffer_limits(0)  # written at once, and not when all shards are made
             last.callback(worker.transport.close)
             last.callback(self._give_up, worker)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}

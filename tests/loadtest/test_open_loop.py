@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import numpy as np
 import pytest
@@ -56,6 +57,24 @@ async def test_a_stall_is_seen_by_everybody_who_was_due_in_it():
     assert seen.percentile_s(50) < 0.59
     in_it = (seen.due_s >= 1) & (seen.due_s < 1.95)
     assert (seen.latency_s[in_it] >= 1.97 - seen.due_s[in_it]).all()
+
+
+async def test_it_is_awake_before_a_request_is_due_and_sends_none_too_soon():
+    """The first has an idle generator to itself; the second is due while it isn't answered."""
+    begun, answered = [], asyncio.Event()
+
+    async def slow() -> bytes:
+        begun.append(time.monotonic())
+        asyncio.get_running_loop().call_later(0.3, answered.set)
+        await answered.wait()
+        return ok()
+
+    started = []
+    async with serving(slow) as port:
+        seen, _ = await fly(Attack(port, [b"{}"], np.array([0.1, 0.2])), started.append)
+    assert seen.is_ok.all()
+    assert (seen.sent_late_s >= 0).all()
+    assert (np.array(begun) - started[0] >= seen.due_s).all()
 
 
 async def test_nothing_listening_is_unreachable_and_its_latency_is_kept():
