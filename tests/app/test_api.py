@@ -703,6 +703,18 @@ async def test_who_can_get_no_permit_is_refused_whatever_else_it_says(service, m
     assert json.loads(refused.body)["status"] == 503
 
 
+async def test_a_refusal_is_logged_for_who_debugs(service, monkeypatch, caplog):
+    monkeypatch.setattr(service.gate, "inflight", 1_000_000)
+    for level, n_lines in (("INFO", 0), ("DEBUG", 1)):
+        monkeypatch.setattr(service.gate, "quality", Quality())
+        caplog.clear()
+        with caplog.at_level(level, "winnow.request"):
+            api.refusal(service, sent_to("/v1/rank"), b"{}")
+        assert [line.fields["outcome"] for line in caplog.records if line.name == "winnow.request"] == n_lines * [
+            "refused"
+        ]
+
+
 async def test_who_has_no_key_is_read_and_counts_for_nothing(service, monkeypatch, tmp_path):
     file = tmp_path / "keys"
     file.write_text(KEYS_FILE)
