@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -128,6 +129,7 @@ class Metrics:
         metric = kind(f"winnow_{name}", what, tuple(labels), registry=self.registry)
         for values in product(*labels.values()) if labels else ():
             metric.labels(*values)
+        metric.labels = cache(metric.labels)  # type: ignore[method-assign]
         return metric
 
     def request(self, outcome: str, seconds: float) -> None:

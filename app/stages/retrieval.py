@@ -106,8 +106,7 @@ class Retrieval:
     def _search_index(self, query: Query, user: F32, width: int, eligible: Mask | None = None) -> tuple[Rows, Scores]:
         n, live = min(self.generation.index.ntotal, int(width * self.retriever.overfetch)), query.live
         bits = (live.bits if live.has_lost else None) if eligible is None else np.packbits(eligible, bitorder="little")
-        share = min(1.0, width / self.generation.manifest.funnel.retrieve)
-        parameters = self._parameters(None if bits is None else faiss.IDSelectorBitmap(bits), n, share)
+        parameters = self._parameters(None if bits is None else faiss.IDSelectorBitmap(bits), n, width)
         try:
             (scores,), (rows,) = self.generation.index.search(user[None], n, params=parameters)
         except RuntimeError as e:
@@ -120,13 +119,13 @@ class Retrieval:
             return self._search_exactly(rows, user, width)
         return rows[:width], scores[:width]
 
-    def _parameters(self, selector: Any, n_fetched: int, share: float) -> Any:
-        search = self.retriever.search
+    def _parameters(self, selector: Any, n_fetched: int, width: int) -> Any:
+        search, full_width = self.retriever.search, self.generation.manifest.funnel.retrieve
         if self.retriever.kind == "flat":
             return faiss.SearchParameters(sel=selector)
         if self.retriever.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(search["efSearch"], n_fetched), sel=selector)
-        return faiss.SearchParametersIVF(nprobe=ceil(share * search["nprobe"]), sel=selector)
+        return faiss.SearchParametersIVF(nprobe=ceil(min(1, width / full_width) * search["nprobe"]), sel=selector)
 
     def _search_exactly(self, rows: Rows, user: F32, width: int) -> tuple[Rows, Scores]:
         scores = self._inner_products(rows, user)

@@ -243,8 +243,7 @@ class WorkerPool:
                 self._fail(job, StageFailed("expired before a worker was free"), "expired")
             elif not job.answer.done():
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
-        late = [w.job for w in self.workers if w.job and w.late_at <= now + EARLY_S]
-        for job in late:
+        for job in [w.job for w in self.workers if w.job and w.late_at <= now + EARLY_S]:
             if idle and not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
                 self._send(idle.pop(0), job, "hedge")
 
