@@ -205,7 +205,7 @@ class Funnel:
         shards = scope.shards, scope.shards_ok  # of re-ranking; before it there are none
         scope.reports.append(StageReport(stage.stage, wanted, done, len(output), now - started, outcome, *shards))
         if outcome in REASONS:
-            why = narrowing if not fault and done >= scope.width else None
+            why = narrowing if not fault and (done >= scope.width or stage is self.retrieval) else None
             scope.degradations.append(degradation(stage.stage, outcome, why))
         saved_s = stage.cost.seconds(wanted) - stage.cost.seconds(min(done, wanted))
         is_short_of_time = narrowing == BY_TIME or (is_late and done < scope.width)

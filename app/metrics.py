@@ -129,7 +129,7 @@ class Metrics:
         metric = kind(f"winnow_{name}", what, tuple(labels), registry=self.registry)
         for values in product(*labels.values()) if labels else ():
             metric.labels(*values)
-        metric.labels = cache(metric.labels)  # type: ignore[method-assign]
+        metric.labels = cache(metric.labels)  # type: ignore[method-assign]  # the library's own takes 2 µs each time
         return metric
 
     def request(self, outcome: str, seconds: float) -> None:

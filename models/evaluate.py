@@ -139,14 +139,17 @@ def score_through(
 def narrower(generation: Generation, whole: ScoredThrough, shares: Iterable[float]) -> dict[float, NDArray[np.int32]]:
     """What searches for these shares of the width find of what the whole one did: places in it, in their order.
 
-    Nothing where the caller says what to rank: all of that is kept.
+    All of it where the caller says what to rank. Nothing is said of an index that finds the first of it.
     """
+    rows, searched = whole.candidates.rows, [share for share in shares if share < 1]
     if whole.query.candidates is not None:
+        return dict.fromkeys(searched, np.arange(len(rows), dtype=np.int32))
+    if not generation.manifest.retrievers[0].kind.startswith("ivf"):
         return {}
     retrieval, width = offline_funnel(generation).retrieval, generation.manifest.funnel.retrieve
-    place = {row: at for at, row in enumerate(whole.candidates.rows.tolist())}
-    found = {share: retrieval.search(whole.query, ceil(share * width)).rows.tolist() for share in shares if share < 1}
-    return {share: np.array([place[row] for row in rows if row in place], np.int32) for share, rows in found.items()}
+    place = {row: at for at, row in enumerate(rows.tolist())}
+    found = {share: retrieval.search(whole.query, ceil(share * width)).rows.tolist() for share in searched}
+    return {share: np.array([place[row] for row in of if row in place], np.int32) for share, of in found.items()}
 
 
 def run_funnel(generation: Generation, queries: Sequence[Query]) -> list[Ranking]:

@@ -51,7 +51,7 @@ BACKOFF_S = (0.05, 30.0)  # before a worker is started again: the first, doubled
 RECENT = 0.2  # weight of a slice in what a worker's rows take it
 SLOW = 4.0  # times the fastest worker's: a spare is better
 FORGIVEN = 0.99  # of it is left after a look: a worker ten times slower is tried again after 20 s
-EARLY_S = 1e-3  # that the loop's timers may ring too soon
+EARLY_S = 1e-3  # that a timer may ring too soon: uvloop rounds its instant to whole milliseconds
 ROUND_TRIP_S = 5e-4  # to a worker and back, with the rows of a shard made into inputs
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class WorkerPool:
                 self._fail(job, StageFailed("expired before a worker was free"), "expired")
             elif not job.answer.done():
                 self._send(idle.pop(0), job, "resend" if job.sent else "first")
-        for job in [w.job for w in self.workers if w.job and w.late_at <= now + EARLY_S]:
+        for job in [w.job for w in self.workers if w.job and w.late_at <= now + EARLY_S < w.job.until]:
             if idle and not job.answer.done() and "hedge" not in job.sent and self.hedges.spend(job.n_left):
                 self._send(idle.pop(0), job, "hedge")
 
@@ -337,7 +337,6 @@ class WorkerPool:
             loop = asyncio.get_running_loop()
             stream = partial(_Stream, partial(self._receive, worker))
             worker.transport, answers = await loop.create_unix_connection(stream, sock=ours)
-            worker.transport.set_write_buffer_limits(0)  # written at once, and not when all shards are made
             last.callback(worker.transport.close)
             last.callback(self._give_up, worker)
             worker.owes = {Kind.READY: int(READY_S / LOOK_S)}

@@ -74,7 +74,9 @@ def over(request, generation):
     return Retrieval(patched)
 
 
-def test_a_narrower_search_looks_in_fewer_lists(generation):
+def test_a_narrower_search_looks_in_fewer_lists_unless_it_is_filtered(generation, monkeypatch):
+    monkeypatch.setattr(retrieval, "EXACT_ROWS", 0)
+    most = [Filter("price", None, -1.0, None)]
     retriever = generation.manifest.retrievers[0].model_copy(
         update={"kind": "ivf_sq8", "n": N, "search": {"nprobe": 3}, "overfetch": 1.0}
     )
@@ -86,11 +88,11 @@ def test_a_narrower_search_looks_in_fewer_lists(generation):
         )
     )
     looked_in = []
-    for conditions, width in [([], 60), ([], 30), ([], 16), ([], 10), ([], 1), ([], 30)]:
+    for conditions, width in [([], 60), ([], 30), ([], 16), ([], 10), ([], 1), (most, 10), ([], 30)]:
         faiss.cvar.indexIVF_stats.reset()
         over.search(asked(generation, conditions, [], []), width)
         looked_in.append(faiss.cvar.indexIVF_stats.nlist)
-    assert looked_in == [3, 3, 2, 1, 1, 3]
+    assert looked_in == [3, 3, 2, 1, 1, 3, 3]
 
 
 def satisfies(row: int, condition: Filter) -> bool:

@@ -25,7 +25,7 @@ from app.funnel import Funnel, offline_funnel
 from app.stages import reranking
 from app.warmup import offline_query, rank_offline
 from app.workers.messages import FORMAT, Kind, read_frames
-from app.workers.pool import SAVED_S, WorkerPool
+from app.workers.pool import EARLY_S, SAVED_S, WorkerPool
 from app.workers.process import FORKS, begin
 from app.workers.scoring import Shard
 from app.workers.worker import Given
@@ -284,26 +284,36 @@ async def test_a_late_shard_is_hedged_within_the_budget_and_the_first_answer_win
     await pool.close()
 
 
-async def test_a_shard_that_is_over_is_not_hedged(generation, funnel):
-    """By nobody: not by its own worker, which is idle again, nor by another once the shard was given up."""
-    for is_given_up, n_workers in ((False, 1), (True, 2)):
-        pool = Watched(generation, n_workers, given=Given(paced_row_s=0.005))
-        await pool.start()
-        pool.hedges.earn(10_000)
-        scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
-        await pool.asked.wait()
-        if is_given_up:
-            scored.cancel()
-        pool.workers[0].late_at = 0.0
-        for _ in range(3):  # the job is late, and its answer is heard of a turn after it was given up
-            await asyncio.sleep(0)
-            is_busy = pool.workers[0].job is not None
-            pool._hand_out()
-        assert is_busy
-        await asyncio.gather(scored, return_exceptions=True)
-        pool._hand_out()
-        assert pool.sent == {"first": 20}
-        await pool.close()
+async def test_a_shard_that_is_late_while_nobody_is_idle_is_hedged_when_somebody_is(generation, funnel):
+    pool = Trusted(generation, 2, given=Given(paced_row_s=0.005))
+    await pool.start()
+    pool.hedges.earn(10_000)
+    os.kill(pool.pids()[0], signal.SIGSTOP)
+    shards = [shard_of(funnel, person(who, generation), time.monotonic() + LONG_S) for who in (0, 2)]
+    held, other = (pool.submit(shard, lambda *_: None) for shard in shards)
+    pool.workers[0].late_at = time.monotonic() + EARLY_S / 2  # its timer rang a little too soon
+    pool._hand_out()
+    assert pool.sent == {"first": 40}
+    await other
+    assert pool.sent == {"first": 40, "hedge": 20}
+    await held
+    await pool.close()
+
+
+async def test_a_shard_that_was_given_up_is_not_hedged(generation, funnel):
+    pool = Trusted(generation, 2)
+    await pool.start()
+    pool.hedges.earn(10_000)
+    os.kill(pool.pids()[0], signal.SIGSTOP)
+    scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
+    await pool.asked.wait()
+    scored.cancel()
+    await asyncio.gather(scored, return_exceptions=True)
+    assert pool.workers[0].job  # it doesn't hear that it is to stop
+    pool.workers[0].late_at = 0.0
+    pool._hand_out()
+    assert pool.sent == {"first": 20}
+    await pool.close()
 
 
 async def test_without_budget_a_late_shard_waits(generation, funnel):

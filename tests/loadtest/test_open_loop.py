@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from loadtest import open_loop
 from loadtest.arrivals import constant
 from loadtest.observed import BROKEN, SILENT, UNREACHABLE, joined, parse, percentile_s
 from loadtest.open_loop import Attack, Generator, fly
@@ -59,19 +60,29 @@ async def test_a_stall_is_seen_by_everybody_who_was_due_in_it():
     assert (seen.latency_s[in_it] >= 1.97 - seen.due_s[in_it]).all()
 
 
-async def test_it_is_awake_before_a_request_is_due_and_sends_none_too_soon():
-    """The first has an idle generator to itself; the second is due while it isn't answered."""
-    begun, answered = [], asyncio.Event()
+async def test_it_is_awake_before_an_instant_unless_something_is_under_way(monkeypatch):
+    """Alone; a moment after another; when it would be awake while another is under way."""
+    monkeypatch.setattr(open_loop, "EARLY_S", 0.2)
+    monkeypatch.setattr(open_loop, "FAR_S", 0.25)
+    instants, took_s, begun_late_s = (time.monotonic() + np.array([0.5, 0.51, 1.4])).tolist(), (0.3, 0.8, 0.1), []
 
-    async def slow() -> bytes:
+    async def send(i: int) -> None:
+        begun_late_s.append(time.monotonic() - instants[i])
+        await asyncio.sleep(took_s[i])
+
+    await open_loop._on_time(send, instants)
+    assert begun_late_s[0] < 0 <= min(begun_late_s[1:])
+
+
+async def test_none_is_sent_too_soon():
+    begun, started = [], []
+
+    async def answer() -> bytes:
         begun.append(time.monotonic())
-        asyncio.get_running_loop().call_later(0.3, answered.set)
-        await answered.wait()
         return ok()
 
-    started = []
-    async with serving(slow) as port:
-        seen, _ = await fly(Attack(port, [b"{}"], np.array([0.1, 0.2])), started.append)
+    async with serving(answer) as port:
+        seen, _ = await fly(Attack(port, [b"{}"], np.array([0.1, 0.1005, 0.2])), started.append)
     assert seen.is_ok.all()
     assert (seen.sent_late_s >= 0).all()
     assert (np.array(begun) - started[0] >= seen.due_s).all()

@@ -1,5 +1,7 @@
 """The measured loss: planted worlds whose loss is arithmetic, the fit of a curve, the table of a packed bundle."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -170,6 +172,10 @@ def test_what_seldom_happens_is_measured_on_some_of_the_requests(
 
 def test_a_narrower_search_is_measured_as_it_is_made(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Items that only a wide one finds are lost to it; where the caller names the candidates none are."""
+    retriever = generation.manifest.retrievers[0].model_copy(update={"kind": "ivf_sq8"})
+    manifest = generation.manifest.model_copy(update={"retrievers": (retriever,)})
+    monkeypatch.setattr(Retrieval, "_parameters", lambda *_: None)  # whose index is another kind
+    generation = replace(generation, manifest=manifest)
     width = generation.manifest.funnel.retrieve
     search = Retrieval.search
 
@@ -183,8 +189,8 @@ def test_a_narrower_search_is_measured_as_it_is_made(generation: Generation, mon
     )
     assert list(one.whole.narrower) == [0.5]
     assert one.whole.narrower[0.5].tolist() == list(range(1, width // 2))
-    assert (len(named.whole.found), named.whole.narrower) == (2, {})
     everything = np.ones((1, widths.rerank), np.bool_)
+    assert len(loss._received(named.whole, Situation(everything, retrieved=0.5), widths).found) == 2
     received = loss._received(one.whole, Situation(everything, retrieved=0.5), widths)
     assert sorted(received.found) == sorted(one.whole.found[1 : width // 2][: widths.keep])
     assert loss._received(one.whole, Situation(everything), widths).found.max() == one.whole.found[0]
