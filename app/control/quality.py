@@ -19,11 +19,11 @@ n: in flight beyond what workers can have at once. most: beyond which no answer 
 (control/admission.py).
 
 Widths are multiplied by powers of q. Re-ranking costs most by the item and its last items matter least: on W1 half of
-what is retrieved loses .24 of the full funnel's NDCG@20 and saves 0.3 ms, half of what is re-ranked .03 and 0.5 ms. So
+what is retrieved loses .25 of the full funnel's NDCG@20 and saves 0.4 ms, half of what is re-ranked .03 and 0.5 ms. So
 it gives way first; of what was found all is pre-ranked, which costs next to nothing.
 
 Source: the quality factor of product-mixer; the powers, floor and recovery are ours (0.3: a third is retrieved, a
-tenth re-ranked; by the table of W1 .25 would lose .51 of NDCG@20, .3 does .45).
+tenth re-ranked; by the table of W1 .25 would lose .52 of NDCG@20, .3 does .46).
 """
 
 from dataclasses import dataclass

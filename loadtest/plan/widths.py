@@ -3,7 +3,7 @@
 A loss is expected NDCG@k lost against the full funnel at the bundle's widths. `pack` measured it by the share of
 retrieval's width that was searched, and by what re-ranking missed of the order it received (docs/bundle.md, `loss`);
 narrower widths are such shares. A search that the service narrows looks in fewer lists of an inverted file, a bundle
-made for the narrower width in all: it loses less than this says, by .004 where .3 of W1's width is retrieved.
+made for the narrower width in all: it loses less than this says, by .009 where .3 of W1's width is retrieved.
 """
 
 from collections.abc import Iterator
