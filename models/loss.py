@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-MOST_ROWS = 8_000_000  # candidates of all samples together, each re-ranked: 40 s at 5 µs a row, 15 s of narrow searches
+MOST_ROWS = 8_000_000  # candidates of all samples together, each re-ranked: 40 s at 5 µs a row, 10 s of narrow searches
 FEWEST_REQUESTS = 200
 MOST_OTHERWISE = 400  # requests scored as well where retrieval fails, and where nobody says who asks
 RETRIEVED = (0.02, 0.05, 0.1, 0.17, 0.3, 0.5, 0.75, 1.0)  # shares with a curve of their own

@@ -5,9 +5,9 @@ where few rows match a filter, or so many were removed that the index finds too 
 So are items that were added since the index was made; what was removed since is left out of it. Scores are always
 exact inner products with the stored embeddings, whatever the index approximates.
 
-A narrower search of an inverted file looks in as much fewer of its lists. Of 600 instead of 2,000 in .3 of the lists
-takes 0.33 ms; in all of them 0.52. The first finds .467 of what the full funnel shows, by gain, the second .471 (W1,
-200 requests, AVX-512, 2026-11).
+A narrower search of an inverted file looks in as much fewer of its lists. One for 600 instead of 2,000 takes 0.33 ms
+in .3 of the lists and 0.52 in all of them, and finds .467 and .471 of what the full funnel shows, by gain (W1, 200
+requests, AVX-512, 2026-11).
 """
 
 from functools import reduce

@@ -294,6 +294,16 @@ async def test_without_retrieval_the_popular_items_take_its_place(funnel, ask, e
     assert ranking.rows.tolist() == [48, 46, 45, 44, 43]
 
 
+async def test_a_narrowed_search_that_finds_fewer_still_was_narrowed(funnel, ask):
+    """Fewer lists may hold fewer than its width: no time ran out."""
+    search = funnel.retrieval.search
+    funnel.retrieval.search = lambda query, width: search(query, width).take(np.arange(20))
+    query, deadline = ask(), Deadline(time.monotonic(), 60.0)
+    _, ranking = await funnel.finish(*await funnel.narrow(lambda is_late: query, deadline, 0.5))
+    assert [(r.wanted, r.done) for r in ranking.reports[:2]] == [(40, 20), (20, 20)]
+    assert ranking.degradations[0] == Degradation(Stage.RETRIEVAL, "narrowed_by_load", "fewer candidates")
+
+
 async def test_popular_items_keep_their_order_through_the_other_stages(funnel, ask):
     fail(funnel.retrieval)
     ranking = await rank_offline(funnel, ask(k=40))

@@ -291,7 +291,7 @@ async def test_a_shard_that_is_late_while_nobody_is_idle_is_hedged_when_somebody
     os.kill(pool.pids()[0], signal.SIGSTOP)
     shards = [shard_of(funnel, person(who, generation), time.monotonic() + LONG_S) for who in (0, 2)]
     held, other = (pool.submit(shard, lambda *_: None) for shard in shards)
-    pool.workers[0].late_at = time.monotonic() + EARLY_S / 2  # its timer rang a little too soon
+    pool.workers[0].late_at = 0.0
     pool._hand_out()
     assert pool.sent == {"first": 40}
     await other
@@ -300,19 +300,36 @@ async def test_a_shard_that_is_late_while_nobody_is_idle_is_hedged_when_somebody
     await pool.close()
 
 
-async def test_a_shard_that_was_given_up_is_not_hedged(generation, funnel):
+@pytest.mark.parametrize("is_given_up", [True, False])
+async def test_a_shard_that_nobody_waits_for_is_not_hedged(generation, funnel, is_given_up):
+    """It was given up, or its time is over; its worker doesn't hear that it is to stop."""
     pool = Trusted(generation, 2)
     await pool.start()
     pool.hedges.earn(10_000)
     os.kill(pool.pids()[0], signal.SIGSTOP)
-    scored = asyncio.create_task(pool.score(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S)))
-    await pool.asked.wait()
-    scored.cancel()
-    await asyncio.gather(scored, return_exceptions=True)
-    assert pool.workers[0].job  # it doesn't hear that it is to stop
+    held = pool.submit(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S), lambda *_: None)
+    if is_given_up:
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
+    else:
+        pool.workers[0].job.until = time.monotonic()
+    assert pool.workers[0].job
     pool.workers[0].late_at = 0.0
     pool._hand_out()
     assert pool.sent == {"first": 20}
+    await pool.close()
+
+
+async def test_a_timer_that_rings_a_little_too_soon_is_believed(generation, funnel):
+    pool = Trusted(generation, 2)
+    await pool.start()
+    pool.hedges.earn(10_000)
+    os.kill(pool.pids()[0], signal.SIGSTOP)
+    held = pool.submit(shard_of(funnel, person(0, generation), time.monotonic() + LONG_S), lambda *_: None)
+    pool.workers[0].late_at = time.monotonic() + EARLY_S * 0.9
+    pool._hand_out()
+    assert pool.sent == {"first": 20, "hedge": 20}
+    await held
     await pool.close()
 
 
