@@ -71,16 +71,14 @@ def sealed(array: NDArray[A]) -> NDArray[A]:
 def best_first(scores: Scores, rows: Rows, m: int | None = None) -> Positions:
     """Positions of the m best, or of all, in falling order of score; what isn't finite sinks; ties break by row."""
     keys = -scores
-    is_finite = np.isfinite(keys)
-    if not is_finite.all():
+    if not (is_finite := np.isfinite(keys)).all():
         keys[~is_finite] = np.inf
     if m is not None and 0 < m < len(keys) // 2:  # with all that tie with the last of them
         near = np.flatnonzero(keys <= np.partition(keys, m - 1)[m - 1])
         return near[best_first(scores[near], rows[near])[:m]]
     at = keys.argsort()
     ranked = keys[at]
-    is_tie = ranked[1:] == ranked[:-1]
-    if is_tie.any():  # only these by two keys: to sort all of 2,000 so takes more than twice as long
+    if (is_tie := ranked[1:] == ranked[:-1]).any():  # these by two keys; to sort all of 2,000 so takes twice as long
         tied = np.flatnonzero(np.append(is_tie, False) | np.append(False, is_tie))
         at[tied] = at[tied[np.lexsort((rows[at[tied]], ranked[tied]))]]
     return at

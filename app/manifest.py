@@ -51,7 +51,9 @@ class Retriever(Strict):
     """An index over the item embeddings and the tower that makes its queries.
 
     n: catalogue size. search: parameters of the index kind (nprobe, efSearch). overfetch: how many times
-    the width is fetched before the exact re-scoring from the embedding table; 1 for exact indexes.
+    the width is fetched before the exact re-scoring from the embedding table; 1 for exact indexes. sampled: into how
+    many parts the rows of an inverted file are cut, whose first tells how near an item must be (stages/retrieval.py);
+    0: none does. Each list has its rows in order then.
     """
 
     name: str
@@ -61,12 +63,14 @@ class Retriever(Strict):
     n: int = Field(ge=1)
     search: dict[Literal["nprobe", "efSearch"], Annotated[int, Field(ge=1, le=65_536)]] = Field(default_factory=dict)
     overfetch: float = Field(default=1.0, ge=1.0, le=1_000.0)
+    sampled: int = Field(default=0, ge=0, le=1_000)
     recall: Recall
 
     @model_validator(mode="after")
     def _has_its_parameters(self) -> "Retriever":
         needed = SEARCH[self.kind]
-        require(set(self.search) == needed, f"kind {self.kind} has the parameters {needed or 'none'}", ValueError)
+        fits = set(self.search) == needed and (not self.sampled or self.kind.startswith("ivf_sq"))
+        require(fits, f"kind {self.kind} has the parameters {needed or 'none'}; `sampled` is for ivf_sq", ValueError)
         return self
 
 

@@ -26,7 +26,6 @@ def resolve(
     Raises: InvalidRequest for a feature that the bundle doesn't read, or of the wrong form.
     """
     users = generation.users
-    is_in_question = users is not None and user_id is not None
     rows, row = np.empty(0, np.int64), NO_ROW
     if users and user_id is not None and not is_late:
         row = int(users.ids.rows([user_id])[0])
@@ -36,7 +35,7 @@ def resolve(
         rows = np.asarray(users.history[row], np.int64)
     history, fields = rows[rows != NO_ROW], _fields(features, generation, row)
     n_ignored = 0 if sent is None else len(rows) - len(history)
-    return Person(sealed(history), fields, row != NO_ROW, is_late and is_in_question), n_ignored
+    return Person(sealed(history), fields, row != NO_ROW, is_late and None not in (users, user_id)), n_ignored
 
 
 def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, Array]:

@@ -214,12 +214,13 @@ def _with_index(
     with (generation.path / "index.faiss").open("wb", buffering=AT_ONCE) as file:
         faiss.write_index(built.index, faiss.PyCallbackIOWriter(file.write, AT_ONCE))
     search = ", ".join(f"{name} {value}" for name, value in built.search.items()) or "exact"
+    search += f", a sample of 1 in {built.sampled}" if built.sampled else ""
     say(
         f"index: {built.kind} ({search}), recall@{built.recall.at} {built.recall.reached:.3f} on "
         f"{built.recall.n_queries} queries, asked {target:g}; {built.search_s * 1e3:.2f} ms a search"
     )
     retriever = generation.manifest.retrievers[0].model_copy(
-        update={"kind": built.kind, "search": built.search, "overfetch": built.overfetch, "recall": built.recall}
+        update={name: getattr(built, name) for name in ("kind", "search", "overfetch", "sampled", "recall")}
     )
     manifest = generation.manifest.model_copy(update={"retrievers": (retriever,)})
     return replace(generation, manifest=manifest, index=built.index)

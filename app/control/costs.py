@@ -64,6 +64,5 @@ class Cost:
 def fitted(narrow: tuple[int, float], wide: tuple[int, float]) -> Cost:
     """The cost through two measurements (items, seconds); the fixed part is never negative."""
     (n, narrow_s), (m, wide_s) = narrow, wide
-    per_item = max(0.0, (wide_s - narrow_s) / (m - n)) if m > n else wide_s / max(m, 1)
-    per_item = min(per_item, wide_s / max(m, 1))
+    per_item = min(max(0.0, (wide_s - narrow_s) / (m - n)) if m > n else math.inf, wide_s / max(m, 1))
     return Cost(max(wide_s - per_item * m, 1e-9), max(per_item, 1e-9))

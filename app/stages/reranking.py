@@ -59,9 +59,8 @@ class Reranking:
             for answer in answers:
                 answer.cancel()
         errors = [answer.exception() for answer in answers if not answer.cancelled()]
-        for error in errors:
-            if error and not isinstance(error, StageFailed):  # no fault of a worker: it can't be carried over
-                raise error
+        for defect in [e for e in errors if e and not isinstance(e, StageFailed)]:  # no worker's: can't be carried
+            raise defect
         scope.shards_ok = errors.count(None)
         is_fresh = scored_by == self.stage
         if not is_fresh.all():

@@ -258,6 +258,11 @@ def test_a_manifest_that_is_no_json_object_is_refused(copy, text):
         ("retrievers.0.search.efSearch", lambda m: m["retrievers"][0].update(kind="hnsw", search={"efSearch": 2**40})),
         ("retrievers.0.search.nprobe", lambda m: m["retrievers"][0].update(kind="ivf_pq", search={"nprobe": 2**70})),
         ("retrievers.0.search.nprobe", lambda m: m["retrievers"][0].update(kind="ivf_pq", search={"nprobe": 0})),
+        ("retrievers.0.sampled", lambda m: m["retrievers"][0].update(sampled=-1)),
+        (
+            "retrievers.0: Value error, kind flat has the parameters none; `sampled` is for ivf_sq",
+            lambda m: m["retrievers"][0].update(sampled=16),
+        ),
         ("files", lambda m: m.update(files={"items/ids.npy": {"sha256": "x", "size": 1}})),
         ("name", lambda m: m.pop("name")),
     ],

@@ -56,12 +56,16 @@ def exact_rows(request):
         yield request.param
 
 
-@pytest.fixture(scope="module", params=list(SEARCH))
+SAMPLED = "ivf_sq8, sampled"  # the same rows are found
+
+
+@pytest.fixture(scope="module", params=[*SEARCH, SAMPLED])
 def over(request, generation):
     """Retrieval over the random catalogue with an index of this kind."""
-    kind = request.param
+    kind, _, is_sampled = request.param.partition(", ")
+    fetches = {"overfetch": 2.0 if kind.startswith("ivf") else 1.0, "sampled": 4 if is_sampled else 0}
     retriever = generation.manifest.retrievers[0].model_copy(
-        update={"kind": kind, "n": N, "search": SEARCH[kind], "overfetch": 2.0 if kind.startswith("ivf") else 1.0}
+        update={"kind": kind, "n": N, "search": SEARCH[kind], **fetches}
     )
     patched = replace(
         generation,

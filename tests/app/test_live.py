@@ -26,7 +26,7 @@ from app.service import Service
 from app.settings import Settings
 from app.stages.retrieval import Retrieval
 from tests import world
-from tests.app.test_filters import SEARCH, index_of
+from tests.app.test_filters import SAMPLED, SEARCH, index_of
 from tests.asgi import call, rank
 from tests.running import running
 from tests.seal import reseal
@@ -216,13 +216,14 @@ LEAST = {
 }  # of the 40 nearest; the third and fourth probe two lists of four
 
 
-@pytest.fixture(params=[*SEARCH, "ivf_pq"])
+@pytest.fixture(params=[*SEARCH, "ivf_pq", SAMPLED])
 def random(request, generation, monkeypatch):
     """A random catalogue with an index of this kind, twenty rows of room behind it."""
-    kind = request.param
+    kind, _, is_sampled = request.param.partition(", ")
     monkeypatch.setattr("tests.app.test_filters.EMBEDDING", EMBEDDING[:N_RANDOM])
     retriever = generation.manifest.retrievers[0].model_copy(
         update={"kind": kind, "n": N_RANDOM, "search": SEARCH.get(kind, {"nprobe": 4}), "overfetch": 2.0}
+        | {"sampled": 4 if is_sampled else 0}
     )
     bits = np.full((N_RANDOM + 20 + 7) // 8, 255, np.uint8)
     return replace(

@@ -63,6 +63,23 @@ def test_the_parameter_is_the_smallest_that_reaches_the_target(kind: index.Kind)
         assert index.recall_of(fewer, exact) < 0.9
 
 
+def test_a_fair_sample_of_the_rows_is_used_where_many_are_fetched() -> None:
+    kinds: tuple[index.Kind, ...] = ("ivf_sq8", "ivf_sq4", "ivf_pq", "flat")
+    by_kind = {kind: index.build(ITEMS, USERS, 500, 0.9, kind=kind, say=silent).sampled for kind in kinds}
+    assert by_kind == {"ivf_sq8": index.SAMPLED, "ivf_sq4": index.SAMPLED, "ivf_pq": 0, "flat": 0}
+    assert index.build(ITEMS, USERS, 400, 0.9, kind="ivf_sq8", say=silent).sampled == 0  # 440 are fetched
+    by_cluster = ITEMS[np.argsort(ITEMS[:, 0])]
+    assert index.build(by_cluster, USERS, 500, 0.9, kind="ivf_sq8", say=silent).sampled == 0
+
+
+def test_each_list_has_its_rows_in_order_or_a_sample_could_not_be_cut_out() -> None:
+    built = index._filled("ivf_sq8", ITEMS)  # owns its lists
+    lists = faiss.extract_index_ivf(built).invlists
+    held = [faiss.rev_swig_ptr(lists.get_ids(at), lists.list_size(at)) for at in range(lists.nlist)]
+    assert sum(map(len, held)) == len(ITEMS)
+    assert all(np.all(np.diff(rows) > 0) for rows in held)
+
+
 def test_a_kind_that_misses_the_target_gives_way_and_says_so() -> None:
     said: list[str] = []
     built = index.build(ITEMS, USERS, WIDTH, 1.0, kind="ivf_pq", say=said.append)
