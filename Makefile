@@ -8,7 +8,7 @@ PORT   ?= 8000
 ADMIN_PORT ?= 8001
 WORKERS ?= $(shell nproc)
 
-.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed bench-scale monitoring-test lock image-test bench-capacity clean
+.PHONY: help install demo serve test check format bench-quality bench-reliability bench-speed flame bench-scale monitoring-test lock image-test bench-capacity clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,10 @@ models/bundles/w1-cut/manifest.json: models/bundles/w1/manifest.json | $(VENV)/l
 bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about an hour
 	-$(MAKE) models/bundles/w1-int8/manifest.json  # where it pays; else its bars are missed
 	$(BIN)/python -m loadtest.bench_speed
+
+flame: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## where the service spends its time under load: docs/flame.svg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[profile]'
+	$(BIN)/python -m loadtest flame docs/flame.svg
 
 bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items, made first: half an hour
 	$(BIN)/python -m loadtest.bench_scale

@@ -4,6 +4,7 @@ python -m loadtest report       the page of one, drawn again
 python -m loadtest search       the highest rate that a service holds
 python -m loadtest faults       break the running service in every way we know, and print what came of it
 python -m loadtest limits       the raw kernels in a bare loop, and what the service costs over them
+python -m loadtest flame        where its processes spend their time under load, as a flame graph
 python -m loadtest plan         how many workers, machines and money a load takes
 python -m loadtest capacity     what `plan` predicts against what the service does
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "search": ("loadtest.lab.search", "the highest rate that a service holds"),
     "faults": ("loadtest.faults.command", "the fault table"),
     "limits": ("loadtest.limits.command", "the service over the raw kernels: the performance figure"),
+    "flame": ("loadtest.flame", "a flame graph of the service under load"),
     "plan": ("loadtest.plan.command", "workers, machines, memory, money for a load"),
     "capacity": ("loadtest.plan.bench", "the planner against measurements"),
 }
