@@ -59,5 +59,5 @@ def _check_input(node: ort.NodeArg, array: Array, file: str) -> None:
     dtype, shape, axes = array.dtype.name, array.shape[1:], node.shape[1:]
     wanted = {"tensor(float)": "float32", "tensor(int64)": "int64"}.get(node.type)
     fits = len(axes) == len(shape) and all(a == s or not isinstance(a, int) for a, s in zip(axes, shape, strict=True))
-    said = f"{file}: input {node.name} is {node.type} {node.shape}, its source gives {dtype} [n, "
-    require(wanted == dtype and fits, f"{said}{', '.join(map(str, shape))}]")
+    gives = f"gives {dtype} [n, {', '.join(map(str, shape))}]"
+    require(wanted == dtype and fits, f"{file}: input {node.name} is {node.type} {node.shape}, its source {gives}")

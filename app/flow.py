@@ -78,7 +78,7 @@ def best_first(scores: Scores, rows: Rows, m: int | None = None) -> Positions:
         return near[best_first(scores[near], rows[near])[:m]]
     at = keys.argsort()
     ranked = keys[at]
-    if (is_tie := ranked[1:] == ranked[:-1]).any():  # these by two keys; to sort all of 2,000 so takes twice as long
+    if (is_tie := ranked[1:] == ranked[:-1]).any():  # these by two keys: of all it takes more than twice as long
         tied = np.flatnonzero(np.append(is_tie, False) | np.append(False, is_tie))
         at[tied] = at[tied[np.lexsort((rows[at[tied]], ranked[tied]))]]
     return at
@@ -117,13 +117,14 @@ class Live:
     """One epoch of a catalogue: what it has become since it was loaded (live.py makes the next).
 
     n_added: rows behind those that were loaded. bits: of all rows, packed, 1 for those that may be found; without any,
-    all may. has_lost: not all that were loaded may. moved: where items are now that were added again, row by row.
+    all may. n_lost: of those that were loaded, how many may not. moved: where items are now that were added
+    again, row by row.
     """
 
     epoch: int = 0
     n_added: int = 0
     bits: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
-    has_lost: bool = False
+    n_lost: int = 0
     moved: Mapping[int, int] = field(default_factory=dict)
 
     def keeps(self, rows: Rows) -> Mask:

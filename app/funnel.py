@@ -128,10 +128,9 @@ class Funnel:
         found = await self.run(self.retrieval, scope, query, None)
         coarse = await self.run(self.preranking, scope, query, found)
         scope.is_late = False
-        retrieval_report, preranking_report = scope.reports
         if query.candidates is None:
-            self.retrieval.cost.learn(retrieval_report)
-        self.preranking.cost.learn(preranking_report)
+            self.retrieval.cost.learn(scope.reports[Stage.RETRIEVAL])
+        self.preranking.cost.learn(scope.reports[Stage.PRERANKING])
         return query, scope, coarse.top(scope.keep)
 
     async def finish(self, query: Query, scope: RequestScope, coarse: Scored) -> tuple[Query, Ranking]:

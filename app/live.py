@@ -109,15 +109,14 @@ def _next(generation: Generation, asked: ItemsRequest) -> tuple[Live, int]:
     live, n = generation.live, generation.n_items
     replaced = generation.ids.rows([item.id for item in asked.add])
     known = generation.ids.rows(asked.remove)
-    removed = known[known != NO_ROW]
-    removed = removed[live.keeps(removed)]
-    gone, bits = np.append(removed, replaced[replaced != NO_ROW]), live.bits.copy()
+    removed = known[(known != NO_ROW) & live.keeps(known)]
+    gone, bits = np.append(removed, replaced[(replaced != NO_ROW) & live.keeps(replaced)]), live.bits.copy()
     np.bitwise_and.at(bits, gone >> 3, ~(np.uint8(1) << (gone & 7).astype(np.uint8)))
     new = {old: n + i for i, old in enumerate(replaced.tolist()) if old != NO_ROW}
     moved = {old: new.get(row, row) for old, row in live.moved.items()} | new
-    has_lost = live.has_lost or bool((gone < len(generation.ids)).any())
+    n_lost = live.n_lost + int((gone < len(generation.ids)).sum())
     epoch = live.epoch + len(asked.add) + len(removed)
-    return Live(epoch, live.n_added + len(asked.add), sealed(bits), has_lost, moved), len(removed)
+    return Live(epoch, live.n_added + len(asked.add), sealed(bits), n_lost, moved), len(removed)
 
 
 def _ids(generation: Generation, items: Sequence[NewItem]) -> Array:

@@ -35,7 +35,7 @@ def resolve(
         rows = np.asarray(users.history[row], np.int64)
     history, fields = rows[rows != NO_ROW], _fields(features, generation, row)
     n_ignored = 0 if sent is None else len(rows) - len(history)
-    return Person(sealed(history), fields, row != NO_ROW, is_late and None not in (users, user_id)), n_ignored
+    return Person(sealed(history), fields, row != NO_ROW, is_late and bool(users) and user_id is not None), n_ignored
 
 
 def _fields(features: Mapping[str, Any], generation: Generation, row: int) -> dict[str, Array]:

@@ -40,8 +40,7 @@ class Cost:
 
     def fits(self, budget_s: float) -> int:
         """0 when the fixed part doesn't fit."""
-        left = budget_s / math.exp(self.log_scale) - self.fixed
-        return max(0, int(min(left / max(self.per_item, 1e-12), 1e9)))
+        return max(0, int(min((budget_s / math.exp(self.log_scale) - self.fixed) / max(self.per_item, 1e-12), 1e9)))
 
     def observe(self, n: int, seconds: float) -> None:
         """n items took so long.
@@ -64,5 +63,6 @@ class Cost:
 def fitted(narrow: tuple[int, float], wide: tuple[int, float]) -> Cost:
     """The cost through two measurements (items, seconds); the fixed part is never negative."""
     (n, narrow_s), (m, wide_s) = narrow, wide
-    per_item = min(max(0.0, (wide_s - narrow_s) / (m - n)) if m > n else math.inf, wide_s / max(m, 1))
+    per_item = max(0.0, (wide_s - narrow_s) / (m - n)) if m > n else wide_s / max(m, 1)
+    per_item = min(per_item, wide_s / max(m, 1))
     return Cost(max(wide_s - per_item * m, 1e-9), max(per_item, 1e-9))

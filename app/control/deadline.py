@@ -21,5 +21,4 @@ class Deadline:
         `reserve_s` is kept back for what comes after the last stage (selection, writing the answer);
         never more than three tenths of the timeout, else a short timeout would leave no time at all.
         """
-        all_s = self.timeout_s - min(reserve_s, 0.3 * self.timeout_s)
-        return max(0.0, self.started_at + all_s - now)
+        return max(0.0, self.started_at + self.timeout_s - min(reserve_s, 0.3 * self.timeout_s) - now)

@@ -29,7 +29,8 @@ def narrowed(wanted: int, share: float, fits: int, least: int = 0) -> tuple[int,
     """
     by_load = ceil(wanted * share)
     width = min(wanted, max(least, min(by_load, fits)))
-    return width, None if width >= wanted else BY_TIME if fits < by_load else BY_LOAD
+    why = BY_TIME if fits < by_load else BY_LOAD
+    return width, why if width < wanted else None
 
 
 def degradation(stage: Stage, outcome: Outcome, narrowing: str | None = None) -> Degradation:

@@ -59,8 +59,8 @@ class Reranking:
             for answer in answers:
                 answer.cancel()
         errors = [answer.exception() for answer in answers if not answer.cancelled()]
-        for defect in [e for e in errors if e and not isinstance(e, StageFailed)]:  # no worker's: can't be carried
-            raise defect
+        if defects := [e for e in errors if e and not isinstance(e, StageFailed)]:  # of no worker: can't be carried
+            raise defects[0]
         scope.shards_ok = errors.count(None)
         is_fresh = scored_by == self.stage
         if not is_fresh.all():
@@ -73,5 +73,4 @@ class Reranking:
 
     def _carried(self, coarse: Scored) -> Scores:
         calibration = self.generation.manifest.calibration
-        knots = calibration.preranking if coarse.stage is Stage.PRERANKING else calibration.retrieval
-        return knots(coarse.scores)
+        return (calibration.preranking if coarse.stage is Stage.PRERANKING else calibration.retrieval)(coarse.scores)

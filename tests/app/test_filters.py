@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from app.bundle import Ids
 from app.flow import Filter, Query
 from app.stages import retrieval
-from app.stages.retrieval import Retrieval, matches
+from app.stages.retrieval import Retrieval, matches, near
 from app.warmup import offline_query
 from tests import world
 
@@ -75,7 +75,19 @@ def over(request, generation):
         popular=np.arange(N)[::-1].copy(),
         manifest=generation.manifest.model_copy(update={"retrievers": (retriever,)}),
     )
-    return Retrieval(patched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "LEAST_SAMPLED", 1)
+        yield Retrieval(patched)
+
+
+def test_a_sample_is_looked_at_where_there_is_no_filter(over, generation, monkeypatch):
+    monkeypatch.setattr(retrieval, "EXACT_ROWS", 0)
+    looked = []
+    monkeypatch.setattr(retrieval, "near", lambda *given: looked.append(given[-1]) or near(*given))
+    over.search(asked(generation, [], [], []), 20)
+    assert looked == [4] * bool(over.retriever.sampled)
+    over.search(asked(generation, [Filter("price", None, -1.0, None)], [], []), 20)
+    assert looked == [4] * bool(over.retriever.sampled)
 
 
 def test_a_narrower_search_looks_in_fewer_lists_unless_it_is_filtered(generation, monkeypatch):

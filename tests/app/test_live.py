@@ -221,6 +221,7 @@ def random(request, generation, monkeypatch):
     """A random catalogue with an index of this kind, twenty rows of room behind it."""
     kind, _, is_sampled = request.param.partition(", ")
     monkeypatch.setattr("tests.app.test_filters.EMBEDDING", EMBEDDING[:N_RANDOM])
+    monkeypatch.setattr("app.stages.retrieval.LEAST_SAMPLED", 1)
     retriever = generation.manifest.retrievers[0].model_copy(
         update={"kind": kind, "n": N_RANDOM, "search": SEARCH.get(kind, {"nprobe": 4}), "overfetch": 2.0}
         | {"sampled": 4 if is_sampled else 0}

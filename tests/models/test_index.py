@@ -65,11 +65,32 @@ def test_the_parameter_is_the_smallest_that_reaches_the_target(kind: index.Kind)
 
 def test_a_fair_sample_of_the_rows_is_used_where_many_are_fetched() -> None:
     kinds: tuple[index.Kind, ...] = ("ivf_sq8", "ivf_sq4", "ivf_pq", "flat")
-    by_kind = {kind: index.build(ITEMS, USERS, 500, 0.9, kind=kind, say=silent).sampled for kind in kinds}
+    made = {kind: index._filled(kind, ITEMS) for kind in kinds}
+    by_kind = {kind: index.sampled_by(one, kind, USERS, 1_000, 256) for kind, one in made.items()}
     assert by_kind == {"ivf_sq8": index.SAMPLED, "ivf_sq4": index.SAMPLED, "ivf_pq": 0, "flat": 0}
-    assert index.build(ITEMS, USERS, 400, 0.9, kind="ivf_sq8", say=silent).sampled == 0  # 440 are fetched
-    by_cluster = ITEMS[np.argsort(ITEMS[:, 0])]
-    assert index.build(by_cluster, USERS, 500, 0.9, kind="ivf_sq8", say=silent).sampled == 0
+    assert index.sampled_by(made["ivf_sq8"], "ivf_sq8", USERS, index.LEAST_SAMPLED - 1, 256) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["nothing near", "too much"])
+def test_a_sample_that_is_none_is_not_used(share: float) -> None:
+    """Of the near there are none in the first sixteenth of the rows, or twice as many as fair."""
+    near = np.argsort(-ITEMS @ USERS[0])[:600]
+    n_first, rng = len(ITEMS) // index.SAMPLED, np.random.default_rng(0)
+    first = near[: int(share * 600 / index.SAMPLED)]
+    others = np.setdiff1d(np.arange(len(ITEMS)), near)
+    first = np.append(first, rng.permutation(others)[: n_first - len(first)])
+    order = np.append(first, rng.permutation(np.setdiff1d(np.arange(len(ITEMS)), first)))
+    alike = np.repeat(USERS[:1], 60, axis=0) + 1e-3 * USERS[:60]  # one kind of people, whom the order is for
+    used = {}
+    for name, items in (("fair", ITEMS), ("none", ITEMS[order])):
+        lists = index._filled("ivf_sq8", items)
+        used[name] = index.sampled_by(lists, "ivf_sq8", alike, 600, lists.nlist)
+    assert used == {"fair": index.SAMPLED, "none": 0}
+
+
+def test_a_sample_of_lists_that_hold_too_few_is_not_used() -> None:
+    lists = index._filled("ivf_sq8", ITEMS)
+    assert index.sampled_by(lists, "ivf_sq8", USERS, 1_000, 1) == 0
 
 
 def test_each_list_has_its_rows_in_order_or_a_sample_could_not_be_cut_out() -> None:

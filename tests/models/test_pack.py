@@ -88,6 +88,16 @@ def test_text_ids_and_half_precision_embeddings_are_packed_as_given(tmp_path: Pa
     assert generation.tables["embedding"].dtype == np.float16
 
 
+def test_the_manifest_says_whether_a_search_is_sampled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.index.sampled_by", lambda _, kind, *rest: 16 * (kind == "ivf_sq8"))
+    said: list[str] = []
+    generation = load(pack(source, tmp_path / "bundle", recall=0.05, kind="ivf_sq8", say=said.append))
+    assert generation.manifest.retrievers[0].sampled == 16
+    assert any("a sample of 1 in 16" in line for line in said)
+
+
 def test_another_kind_of_index_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     generation = load(pack(source, tmp_path / "bundle", kind="hnsw", say=silent))
     assert generation.manifest.retrievers[0].kind == "hnsw"
