@@ -77,8 +77,11 @@ bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the serv
 	-$(MAKE) models/bundles/w1-int8/manifest.json  # where it pays; else its bars are missed
 	$(BIN)/python -m loadtest.bench_speed
 
-flame: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## where the service spends its time under load: docs/flame.svg
+$(VENV)/profile.stamp: $(VENV)/loadtest.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[profile]'
+	touch $@
+
+flame: $(VENV)/profile.stamp models/bundles/w1/manifest.json  ## where the service spends its time under load: docs/flame.svg
 	$(BIN)/python -m loadtest flame docs/flame.svg
 
 bench-scale: $(VENV)/train.stamp $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## ten million items, made first: half an hour

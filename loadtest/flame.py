@@ -46,7 +46,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         due_s = poisson(parsed.rate, WARM_S + SAMPLED_S + AFTER_S, seed=1)
         generator = Generator(Attack(server.port, bodies, due_s))
         time.sleep(WARM_S)
-        sample(server.process.pid, parsed.out)
+        record(server.process.pid, parsed.out)
         names = {pid: f"worker {number}" for number, pid in server.workers().items()}
         names[server.process.pid] = f"service, {parsed.rate:g} requests a second"
         generator.result()
@@ -55,7 +55,7 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def sample(pid: int, out: Path) -> None:
+def record(pid: int, out: Path) -> None:
     """Write the flame graph of this process and its descendants. Raises SystemExit where py-spy can't."""
     spy = Path(sysconfig.get_path("scripts")) / "py-spy"
     if not spy.exists():

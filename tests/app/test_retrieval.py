@@ -67,7 +67,7 @@ def test_with_a_sample_the_same_rows_are_found_without_a_heap_for_all_of_them(wa
 
 
 def test_what_was_removed_is_left_out_and_enough_pass_without_it(watched):
-    is_kept = RNG.random(N) < 1 - retrieval.MOST_LOST
+    is_kept = np.random.default_rng(5).random(N) < 1 - retrieval.MOST_LOST
     selector = faiss.IDSelectorBitmap(np.packbits(is_kept, bitorder="little"))
     for user in USERS:
         assert is_kept[sampled(watched, user, selector)].all()
