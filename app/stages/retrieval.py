@@ -34,8 +34,8 @@ from app.flow import F32, Candidates, Filter, Mask, Origin, Query, RequestScope,
 # a graph or an inverted file finds too few of them.
 EXACT_ROWS = 20_000
 # A sample is looked at from so many fetched on: for 300 in 12 lists both take 0.11 ms, for 165 in 7 the heap 0.07 and
-# the sample 0.09 (W1, as above, without exact scores). And up to so large a share of the rows removed: it has them still,
-# and what passes is a quarter more than is fetched at 2,200.
+# the sample 0.09 (W1, as above, without exact scores). And up to so large a share of the rows removed: it has them
+# still, and what passes is a quarter more than is fetched at 2,200.
 LEAST_SAMPLED, MOST_LOST = 300, 0.05
 BLOCK = 65_536  # rows gathered at a time in an exact search, 16 MB at d = 64
 
