@@ -176,6 +176,13 @@ def apply(generation: Generation, change: Change) -> None:
     generation.ids.added |= added
 
 
+def so_far(generation: Generation) -> Change:
+    """All that became of it, as one change: to `apply` where it was just loaded, however many there were."""
+    n = generation.live.n_added
+    columns = {name: table[:n].copy() for name, table in generation.room.tables.items()}
+    return Change(columns, columns["ids"].tolist(), generation.live, b"", {})
+
+
 # ------------------------------------------------------------------------------------------- journal
 
 

@@ -94,7 +94,7 @@ class Service:
         await asyncio.to_thread(live.replay, generation, changes, str(journal.file))
         given = Given(s.paced_row_ms / 1e3, s.reply_reserve_ms / 1e3, s.live_room, costs, self.gate.sla_s)
         pool = WorkerPool(generation, s.workers, self.metrics, s.spares, given)
-        pool.changes, pool.quality_now = changes, self.gate.quality_now
+        pool.quality_now = self.gate.quality_now
         funnel = Funnel(generation, pool, given.reserve_s, runner=pool)
         funnel.retrieval.cost, funnel.preranking.cost = costs
         await pool.start(is_yielding=is_yielding)

@@ -25,6 +25,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from app import live
 from app.bundle import Generation
 from app.control.costs import Cost
 from app.control.deadline import Deadline
@@ -63,7 +64,7 @@ class _Job:
 
     n: rows, or how many a request is worth. says: what the worker is told, from the first row that is missing.
     deliver: for slices. answer: of a request, ends with what came of it. done: rows from its head that are delivered.
-    sent: what it was handed out as, so far: first, hedge, resend.
+    sent: what it was handed out as, so far: first, hedge, resend. n_deaths: of workers that held it.
     """
 
     kind: Kind
@@ -75,6 +76,7 @@ class _Job:
     done: int = 0
     seconds: float = 0.0
     sent: list[str] = field(default_factory=list)
+    n_deaths: int = 0
 
     @property
     def n_left(self) -> int:
@@ -89,7 +91,7 @@ class _Worker:
     since: when. late_at: when it should have been done, and `timer` rings. owes: what it must answer within so many
     looks.
     state: alive, starting, or backing_off (waiting to be started again).
-    row_s: what a row took it lately; one that isn't used is slowly forgiven. n_changes: of items, told at its start.
+    row_s: what a row took it lately; one that isn't used is slowly forgiven. missed: changes of items since its start.
     """
 
     number: int
@@ -105,7 +107,7 @@ class _Worker:
     since: float = 0.0
     late_at: float = 0.0
     row_s: float = 0.0
-    n_changes: int = 0
+    missed: list[bytes] = field(default_factory=list)
     owes: dict[Kind, int] = field(default_factory=dict)
 
 
@@ -122,13 +124,11 @@ class WorkerPool:
     ) -> None:
         self.generation, self.metrics, self.given = generation, metrics, given or Given()
         self.own = generation_number(generation.digest)
-        self.n_history = max((i.length for i in generation.manifest.features.re_ranker), default=0)
         self.n_wanted, self.workers = n_workers, [_Worker(i) for i in range(n_workers + spares)]
         self.queue: deque[_Job] = deque()
         self.backlog = 0  # rows that were submitted and are neither scored nor given up
         self.cost, self.hedges = Cost(ROUND_TRIP_S, 1e-5), HedgeBudget()
         self.started: asyncio.Future[None] = asyncio.Future()  # when all were ready, or one couldn't get so
-        self.changes = list[bytes]()  # of the items, which each worker makes before it is ready, or as they come
         self.tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -168,9 +168,6 @@ class WorkerPool:
 
     def submit(self, shard: Shard, deliver: Deliver) -> "asyncio.Future[None]":
         """See ShardScorer."""
-
-        read = shard.person.history[max(0, len(shard.person.history) - self.n_history) :]
-        shard = replace(shard, person=replace(shard.person, history=read))
 
         def says(done: int) -> object:
             return shard.part(done) if done else shard, shard.until - time.monotonic()
@@ -217,9 +214,11 @@ class WorkerPool:
 
     def change(self, change: bytes) -> None:
         """Of the items: all jobs that are handed out from now on meet it."""
-        self.changes.append(change)
-        for worker in self.ready:
-            worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
+        for worker in self.workers:
+            if worker.is_ready.is_set():
+                worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
+            else:
+                worker.missed.append(change)
 
     async def close(self) -> None:
         """End the workers: their sockets close, and who doesn't go is killed."""
@@ -328,8 +327,8 @@ class WorkerPool:
             last.callback(worker.control.close)
             with theirs, control:
                 is_yielding = (self.is_yielding and not self.started.done()) or bool(self.ready)
-                worker.n_changes = len(self.changes)
-                told = replace(self.given, changes=tuple(self.changes))
+                worker.missed = []
+                told = replace(self.given, changes=live.so_far(self.generation) if self.generation.live.epoch else None)
                 given = ((theirs, control), self.generation.path, self.generation.digest, told, is_yielding)
                 worker.process = FORKS.Process(target=work, args=given, daemon=True)
                 await begin(worker.process)
@@ -347,7 +346,7 @@ class WorkerPool:
         require(answer.kind is Kind.READY, str(said), ServerError)
         worker.state, worker.owes = "alive", {}
         worker.is_ready.set()
-        for change in self.changes[worker.n_changes :]:
+        for change in worker.missed:
             worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
         if not self.started.done():
             self.cost = Cost(ROUND_TRIP_S, said)
@@ -389,11 +388,11 @@ class WorkerPool:
         """No more shards for it; what it held goes to another. Before anything is awaited: its socket is closing."""
         worker.is_ready.clear()
         worker.owes.clear()
-        job = worker.job
-        if job and self._who_has(job) == [worker] and not job.answer.done():
-            if "resend" in job.sent:
+        if (job := worker.job) and not job.answer.done():
+            job.n_deaths += 1
+            if job.n_deaths > 1:
                 self._fail(job, Deadly("workers ended over it"), "lost")
-            else:
+            elif self._who_has(job) == [worker]:
                 self.metrics.shard("lost", 0.0)
                 asyncio.get_running_loop().call_later(GRACE_S * (job.kind is Kind.RANK), self._try_again, job)
         self._release(worker)

@@ -37,7 +37,8 @@ FIXED_S = 1e-4  # of scoring in this process, before the first row
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a worker is told besides its bundle: see settings.py; costs of both searching stages; changes of items.
+    """What a worker is told besides its bundle: see settings.py; costs of both searching stages; what became
+    of the items.
 
     sla_s: what is slow whatever a request allows: by it the pool decides who shares.
     """
@@ -47,7 +48,7 @@ class Given:
     room: int = 0
     costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(1e-3, 1e-7), Cost(1e-3, 1e-7)))
     sla_s: float = float("inf")
-    changes: tuple[bytes, ...] = ()
+    changes: live.Change | None = None
 
 
 Sockets = tuple[socket.socket, socket.socket]  # for jobs and their answers; for STOP and PING
@@ -93,7 +94,8 @@ class Worker:
         self.job, self.stopped, self.is_left = 0, 0, False
         self.sending = threading.Lock()
         self._warm_up()
-        live.replay(self.generation, given.changes)  # afterwards: they may leave nothing to be warmed by
+        if given.changes:  # afterwards: they may leave nothing to be warmed by
+            live.apply(self.generation, given.changes)
 
     def serve(self) -> None:
         """Answer until the other end closes."""

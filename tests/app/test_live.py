@@ -121,6 +121,23 @@ async def test_an_added_item_is_ranked_as_one_that_was_packed(catalogue, unhurri
     assert (await answer(catalogue, unhurried, user={"id": "cho"}, query=fresh, k=1)) == [8]
 
 
+async def test_many_changes_are_one_where_the_bundle_was_just_loaded(generation, catalogue, unhurried):
+    change(catalogue, add=[item(7, 3), item(8, 4)], remove=[world.item_id(5)])
+    change(catalogue, add=[item(7, 21)])  # again, elsewhere
+    change(catalogue, add=[item(world.item_id(9), 21)])  # one that was packed
+    change(catalogue, remove=[8, world.item_id(6)])
+    another = live.changeable(generation, ROOM)
+    live.apply(another, live.so_far(catalogue))
+    ids = [7, 8, *(world.item_id(row) for row in range(world.N))]
+    assert another.ids.rows(ids).tolist() == catalogue.ids.rows(ids).tolist()
+    assert (another.n_items, another.live.epoch, another.live.n_lost) == (world.N + 4, 7, 3)
+    for k in (3, world.N):
+        told = [await answer(one, unhurried, user={"id": "cho"}, k=k) for one in (another, catalogue)]
+        assert told[0] == told[1]
+    for one in (another, catalogue):
+        assert change(one, remove=[7, 8])["removed"] == 1
+
+
 async def test_a_removed_item_is_found_nowhere(catalogue, unhurried):
     first, second, *_ = await answer(catalogue, unhurried, user={"id": "cho"}, k=5)
     assert change(catalogue, remove=[first, 424242]) == {"epoch": 1, "added": 0, "removed": 1, "unknown": 1}
@@ -441,11 +458,27 @@ async def test_a_worker_that_is_started_again_knows_the_changes(service):
     assert got["degraded"] == []
 
 
-async def test_what_changes_nothing_is_not_kept(service, tmp_path):
+async def test_a_worker_that_is_being_started_learns_what_it_missed(service):
+    app, pool = create_app(service), service.serving.pool
+    await post(service, add=[item(7, 21)])
+    for pid in pool.pids().values():
+        os.kill(pid, signal.SIGKILL)
+    while {worker.state for worker in pool.workers} != {"starting"}:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await post(service, add=[item(8, 21)], remove=[7])
+    assert [len(worker.missed) for worker in pool.workers] == [1, 1]
+    while len(pool.ready) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for _ in range(6):  # either worker
+        got = (await rank(app, {"user": {"id": "cho"}, "k": 2})).json()
+        assert ([i["id"] for i in got["items"]], got["degraded"]) == ([world.item_id(21), 8], [])
+
+
+async def test_what_changes_nothing_is_not_kept(service, tmp_path, monkeypatch):
+    monkeypatch.setattr(service.serving.pool, "change", None)
     said = (await post(service, remove=[424242])).json()
     assert (said["removed"], said["unknown"], said["epoch"]) == (0, 1, 0)
     assert (await post(service)).status == 422
-    assert service.serving.pool.changes == []
     assert all(file.read_bytes() == b"" for file in tmp_path.glob("*.jsonl"))
 
 
