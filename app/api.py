@@ -1,7 +1,7 @@
 """HTTP: the routes.
 
 Bodies are read as raw bytes, parsed by the schema and answered as bytes; the OpenAPI document still shows the
-schemas, with an example that the served bundle answers. What an error becomes is problems.py's.
+schemas, with an example that any bundle answers. What an error becomes is problems.py's.
 """
 
 import asyncio
@@ -11,8 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response, Security
-from fastapi.openapi.utils import get_openapi
+from fastapi import APIRouter, Request, Response, Security
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.requests import ClientDisconnect
@@ -198,14 +197,8 @@ def _ms(seconds: float) -> float:
 # --------------------------------------------------------------------------------------------- OpenAPI
 
 
-def openapi(app: FastAPI, service: Service) -> dict[str, Any]:
-    """The document, with the media type of problems, and an example that the served bundle answers."""
-    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    operation = document["paths"]["/v1/rank"]["post"]
-    for code in WHY_NOT:
-        content = operation["responses"][str(code)]["content"]
+def name_problems(document: dict[str, Any]) -> None:
+    """Gives the problems in the document their own media type, which FastAPI can't be told."""
+    responses = document["paths"]["/v1/rank"]["post"]["responses"]
+    for content in (responses[str(code)]["content"] for code in WHY_NOT):
         content[PROBLEM] = content.pop("application/json")
-    if service.keys is None and service.serving:  # golden requests are from somebody's log: not for who has no key
-        example = service.serving.generation.manifest.golden[0].request
-        operation["requestBody"]["content"]["application/json"]["example"] = example
-    return document

@@ -192,7 +192,7 @@ class Funnel:
                 raise TimeoutError
             output = await stage.run(scope, query, given, until)
         except TimeoutError:
-            output, fault = stage.substitute(scope, query, given), Outcome.LATE
+            output, fault = stage.substitute(scope, query, given), Outcome.LATE if wanted else None
         except StageFailed as e:
             log.warning("%s failed: %s", stage.stage.label, e)
             output, fault = stage.substitute(scope, query, given), Outcome.FAILED

@@ -39,7 +39,7 @@ SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loo
 def create_app(service: Service) -> ASGIApp:
     """The ranking port's application."""
     app = _app("Winnow", api.routes(service))
-    app.openapi = lambda: api.openapi(app, service)  # type: ignore[method-assign]
+    api.name_problems(app.openapi())  # which keeps what it has made
     return api.ranking_first(service, app)
 
 

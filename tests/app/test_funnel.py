@@ -14,12 +14,14 @@ from app import wire
 from app.control.carrying import PRIOR_ROWS, to_request_scale
 from app.control.costs import Cost
 from app.control.deadline import Deadline
-from app.errors import ContractError, StageFailed
+from app.errors import ContractError, Deadly, StageFailed
 from app.flow import Candidates, Degradation, Origin, Outcome, Query, Ranking, Scored, Sent, Stage, best_first, sealed
 from app.funnel import Funnel, offline_funnel
+from app.metrics import Metrics
 from app.settings import Limits
 from app.stages import selection
 from app.warmup import offline_query, rank_offline
+from app.workers.scoring import InProcess, ShardModel
 from tests import world
 
 CHO = 2  # has seen item 20
@@ -455,6 +457,21 @@ async def test_without_time_nobody_is_looked_up_and_the_loop_ranks_only_what_is_
     _, ranking = await offline_funnel(generation).rank(resolve, late, sent=sent)
     assert resolved == [(True, is_by_loop)]
     assert len(ranking) == world.K
+
+
+async def test_of_no_candidates_nothing_is_late(generation, ask):
+    """Nor counted as such: of a width of 0 there is no share."""
+
+    class Runner:
+        async def rank(self, *given):
+            raise Deadly
+
+    funnel = Funnel(generation, InProcess(ShardModel(generation)), runner=Runner())
+    query = ask(candidates=[])
+    _, ranking = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), 5.0), sent=Sent("x", b"", None))
+    assert ranking.degradations == ()
+    assert {report.outcome for report in ranking.reports} == {Outcome.SKIPPED}
+    Metrics(0.1, {}).ranked(wire.told(query, ranking, generation))
 
 
 @pytest.mark.parametrize(("error", "reason"), [(StageFailed("broken"), "failed"), (TimeoutError(), "late")])

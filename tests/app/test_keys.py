@@ -27,6 +27,12 @@ def test_a_known_key_with_the_right_passes(keys):
     require_key(keys, f"bearer  {BOTH}", "events")
 
 
+def test_a_key_beyond_ascii_is_the_bytes_that_were_sent(tmp_path):
+    (tmp_path / "keys").write_text(f"{hashlib.sha256('schlüssel'.encode()).hexdigest()} rank")
+    sent = f"Bearer {'schlüssel'}".encode().decode("latin-1")  # as Starlette reads a header
+    require_key(read_keys(tmp_path / "keys"), sent, "rank")
+
+
 @pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer ", f"Basic {RANKER}", RANKER, "Bearer no", "Bearer é"])
 def test_no_key_or_an_unknown_one_is_not_authenticated(keys, sent):
     with pytest.raises(NotAuthenticated):
