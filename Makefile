@@ -73,7 +73,7 @@ models/bundles/w1-int8/manifest.json: models/bundles/w1-cut/manifest.json | $(VE
 models/bundles/w1-cut/manifest.json: models/bundles/w1/manifest.json | $(VENV)/loadtest.stamp
 	$(BIN)/python -m models hoist models/bundles/w1 --out models/bundles/w1-cut --force
 
-bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about an hour
+bench-speed: $(VENV)/loadtest.stamp models/bundles/w1/manifest.json  ## the service over its raw kernels on a million items: about 45 minutes
 	-$(MAKE) models/bundles/w1-int8/manifest.json  # where it pays; else its bars are missed
 	$(BIN)/python -m loadtest.bench_speed
 
