@@ -123,8 +123,9 @@ async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None
     while True:
         await asyncio.sleep(receive_s / 5)
         now = time.monotonic()
-        for connection in list(server.server_state.connections):
-            if isinstance(connection, RankingProtocol) and 0 < connection.waits_since < now - receive_s:
+        for connection in [one for one in server.server_state.connections if isinstance(one, RankingProtocol)]:
+            is_read = not connection.flow.read_paused  # else a request before it still runs
+            if is_read and 0 < connection.waits_since < now - receive_s:
                 connection.transport.abort()
 
 

@@ -25,9 +25,10 @@ class HedgeBudget:
 
     def spend(self, n_rows: int) -> bool:
         """Whether so many rows may be scored again; if so they are paid for."""
-        is_enough = n_rows <= self.left
-        self.left -= n_rows * is_enough
-        return is_enough
+        if n_rows > self.left:
+            return False
+        self.left -= n_rows
+        return True
 
 
 def late_after(expected_s: float) -> float:

@@ -72,6 +72,25 @@ def test_a_body_in_two_parts_and_a_request_behind_it_are_both_answered(service):
     assert answers.count(b"HTTP/1.1 200") == 2
 
 
+def test_a_request_that_is_not_read_while_one_before_it_runs_is_not_slow(bundle):
+    body = json.dumps({"user": {"id": "cho"}} | PATIENT).encode()
+    head = f"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with running(bundle, WINNOW_PACED_ROW_MS="30", WINNOW_RECEIVE_S="0.2") as process:
+        process.wait_until_ready()
+        metrics = partial(process.call, "GET", "/metrics", port=process.admin_port)
+        with socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE_S) as connection:
+            connection.sendall(head.encode() + body)
+            while b"winnow_inflight 1.0" not in metrics().body:  # for 32 rows of 30 ms
+                pass
+            connection.sendall(head.encode())
+            assert b"winnow_inflight 1.0" in metrics().body  # by now the head was read
+            connection.sendall(body)
+            answers = b""
+            while answers.count(b'"took_ms"') < 2:
+                answers += (part := connection.recv(65536))
+                assert part, answers
+
+
 def test_who_finds_no_room_is_refused_unread_and_its_connection_goes_on(bundle):
     headers = {"content-type": "application/json"} | AUTHORIZED
     with running(bundle, WINNOW_MAX_INFLIGHT="1", WINNOW_WORKERS="1", WINNOW_PACED_ROW_MS="30") as process:
