@@ -64,7 +64,7 @@ class _Job:
 
     n: rows, or how many a request is worth. says: what the worker is told, from the first row that is missing.
     deliver: for slices. answer: of a request, ends with what came of it. done: rows from its head that are delivered.
-    sent: what it was handed out as, so far: first, hedge, resend. n_deaths: of workers that held it.
+    sent: what it was handed out as, so far: first, hedge, resend.
     """
 
     kind: Kind
@@ -76,7 +76,6 @@ class _Job:
     done: int = 0
     seconds: float = 0.0
     sent: list[str] = field(default_factory=list)
-    n_deaths: int = 0
 
     @property
     def n_left(self) -> int:
@@ -214,8 +213,9 @@ class WorkerPool:
 
     def change(self, change: bytes) -> None:
         """Of the items: all jobs that are handed out from now on meet it."""
+        ready = self.ready
         for worker in self.workers:
-            if worker.is_ready.is_set():
+            if worker in ready:
                 worker.transport.write(frame(Kind.CHANGE, self.own, 0, change))
             else:
                 worker.missed.append(change)
@@ -388,11 +388,11 @@ class WorkerPool:
         """No more shards for it; what it held goes to another. Before anything is awaited: its socket is closing."""
         worker.is_ready.clear()
         worker.owes.clear()
-        if (job := worker.job) and not job.answer.done():
-            job.n_deaths += 1
-            if job.n_deaths > 1:
+        job = worker.job
+        if job and self._who_has(job) == [worker] and not job.answer.done():
+            if "resend" in job.sent:
                 self._fail(job, Deadly("workers ended over it"), "lost")
-            elif self._who_has(job) == [worker]:
+            else:
                 self.metrics.shard("lost", 0.0)
                 asyncio.get_running_loop().call_later(GRACE_S * (job.kind is Kind.RANK), self._try_again, job)
         self._release(worker)

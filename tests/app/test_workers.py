@@ -581,23 +581,6 @@ async def test_a_request_over_which_two_workers_died_is_searched_for_by_nobody_e
     await pool.close()
 
 
-async def test_a_request_over_which_first_and_hedge_died_gets_no_third_worker(generation):
-    pool = Trusted(generation, 3)
-    await pool.start()
-    pool.hedges.left = 1e6
-    for pid in pool.pids().values():
-        os.kill(pid, signal.SIGSTOP)
-    ranking = asyncio.create_task(rank(running(pool, generation), {"user": {"id": "cho"}}, 5.0))
-    while len(held := [w for w in pool.workers if w.job]) < 2:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    for worker in held:
-        os.kill(worker.process.pid, signal.SIGKILL)
-    found = await ranking
-    assert Degradation(Stage.RETRIEVAL, "late", "popular items") in found.degradations
-    assert (pool.sent["first"], pool.sent["resend"]) == (pool.sent["hedge"], 0)
-    await pool.close()
-
-
 async def test_a_request_that_is_late_is_hedged_and_the_first_answer_wins(generation):
     pool = Watched(generation, 2)
     await pool.start()
