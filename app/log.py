@@ -56,9 +56,6 @@ def start(level: str) -> logging.handlers.QueueListener:
     output.setFormatter(Line())
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     logging.basicConfig(handlers=[_Lossy(lines)], level=level.upper(), force=True)
-    # What no line shows isn't looked for either (the library's own advice on speed).
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("uvicorn.error").setLevel("WARNING")  # what it says at start and stop, we say
     listener = _Unhurried(lines, output)
     listener.start()

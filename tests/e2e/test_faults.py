@@ -178,9 +178,12 @@ def test_a_stop_under_load_fails_nobody_who_was_accepted(bundle):
         with callers(process, 4) as asking:
             asking.wait_for(8)
             asking.is_stopping = True  # what waits to be accepted when the port closes was not accepted
+            for pid in workers(process).values():  # as systemd does
+                os.kill(pid, signal.SIGTERM)
             process.process.send_signal(signal.SIGTERM)
             assert process.process.wait(PATIENCE_S) == 0
     assert set(asking.statuses) <= {200, 503}
+    assert not asking.degraded
 
 
 def test_overload_narrows_the_funnel_then_refuses_and_recovers(bundle):
