@@ -24,7 +24,8 @@ def for_bundle(bundle: Path, n: int, file: Path | None = None) -> list[bytes]:
     Raises: ValueError, OSError.
     """
     if not (bundle / "manifest.json").is_file():
-        raise ValueError(f"{bundle / 'manifest.json'} isn't there")
+        made_by = "`python -m models synthesize` makes models/bundles/w1 in five minutes"
+        raise ValueError(f"{bundle / 'manifest.json'} isn't there; {made_by}")
     beside = bundle.with_name(f"{bundle.name}.requests.jsonl")
     if file or beside.is_file():
         return from_file(file or beside)[:n]
