@@ -29,7 +29,7 @@ def require_key(keys: Keys | None, authorization: str | None, right: str) -> Non
     scheme, _, key = (authorization or "").partition(" ")
     require(scheme.lower() == "bearer" and key != "", "send a key: Authorization: Bearer KEY", NotAuthenticated)
     # Comparing digests of what was sent leaks nothing about the keys by its timing.
-    digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()  # the bytes as they came
+    digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).hexdigest()  # the bytes as they came
     require(digest in keys, "the key is not known", NotAuthenticated)
     require(right in keys[digest], f"the key lacks the right {right!r}", NotAllowed)
 

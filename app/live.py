@@ -177,9 +177,9 @@ def apply(generation: Generation, change: Change) -> None:
 
 
 def so_far(generation: Generation) -> Change:
-    """All that became of it, as one change: to `apply` where it was just loaded, however many there were."""
+    """All that was added and removed, as one change, to `apply` to the same generation just loaded; it has no line."""
     n = generation.live.n_added
-    columns = {name: table[:n].copy() for name, table in generation.room.tables.items()}
+    columns = {name: table[:n] for name, table in generation.room.tables.items()}
     return Change(columns, columns["ids"].tolist(), generation.live, b"", {})
 
 

@@ -123,10 +123,11 @@ async def cut_off_slow_senders(server: uvicorn.Server, receive_s: float) -> None
     while True:
         await asyncio.sleep(receive_s / 5)
         now = time.monotonic()
-        for connection in [one for one in server.server_state.connections if isinstance(one, RankingProtocol)]:
-            is_read = not connection.flow.read_paused  # else a request before it still runs
-            if is_read and 0 < connection.waits_since < now - receive_s:
-                connection.transport.abort()
+        for one in [one for one in server.server_state.connections if isinstance(one, RankingProtocol)]:
+            # Who isn't read, since a request before it still runs, has its time from when it is.
+            one.waits_since = one.waits_since and (now if one.flow.read_paused else one.waits_since)
+            if 0 < one.waits_since < now - receive_s:
+                one.transport.abort()
 
 
 class Server(uvicorn.Server):

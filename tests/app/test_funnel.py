@@ -469,7 +469,7 @@ async def test_of_no_candidates_nothing_is_late(generation, ask):
     funnel = Funnel(generation, InProcess(ShardModel(generation)), runner=Runner())
     query = ask(candidates=[])
     _, ranking = await funnel.rank(lambda is_late: query, Deadline(time.monotonic(), 5.0), sent=Sent("x", b"", None))
-    assert ranking.degradations == ()
+    assert (len(ranking), ranking.degradations) == (0, ())
     assert {report.outcome for report in ranking.reports} == {Outcome.SKIPPED}
     Metrics(0.1, {}).ranked(wire.told(query, ranking, generation))
 
