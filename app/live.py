@@ -4,9 +4,9 @@
 
 An added item gets the next row: it is written into the room that is kept behind the item tables, and searched exactly
 beside the index. A removed one keeps its row, so that histories stay what they were, and is found no more. To change an
-item is to add it again: its old row goes. All processes do the same changes in the same order, or
-begin with what came of them, so rows are the same. The epoch counts additions and removals. Changes belong to one
-generation: a new bundle begins at epoch 0.
+item is to add it again: its old row goes. All processes do the same changes in the same order, or begin with what came
+of them, so rows are the same. The epoch counts additions and removals. Changes belong to one generation: a new bundle
+begins at epoch 0.
 """
 
 import ctypes

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["app.workers.worker", "app.warmup"])
+FORKS.set_forkserver_preload(["app.workers.forked", "app.workers.worker", "app.warmup"])
 # To start processes and wait for their ends: where workers are dead all other threads may be searching in their place.
 THREADS = ThreadPoolExecutor(8)
 

@@ -8,7 +8,6 @@ A second thread reads a second socket: it answers PING, and STOP ends the job th
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import time
@@ -62,7 +61,6 @@ def work(sockets: Sockets, bundle: Path, digest: str, given: Given, is_yielding:
     the main one, which will score, stays as it was.
     """
     os.setpgid(0, 0)  # Ctrl-C is for the parent; but in its session, since priorities hold inside one
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is a stop, which systemd tells all processes of a service
     os.nice(BEHIND)
     with ThreadPoolExecutor(1) as thread:
         if is_yielding:

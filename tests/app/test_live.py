@@ -25,6 +25,7 @@ from app.main import create_admin_app, create_app
 from app.service import Service
 from app.settings import Settings
 from app.stages.retrieval import Retrieval
+from app.workers.process import begin
 from tests import world
 from tests.app.test_filters import SAMPLED, SEARCH, index_of
 from tests.asgi import call, rank
@@ -458,20 +459,27 @@ async def test_a_worker_that_is_started_again_knows_the_changes(service):
     assert got["degraded"] == []
 
 
-async def test_a_worker_that_is_being_started_learns_what_it_missed(service):
-    app, pool = create_app(service), service.serving.pool
+async def test_a_worker_that_is_being_started_learns_once_what_it_missed(service, monkeypatch):
+    app, pool, begun, going_on = create_app(service), service.serving.pool, asyncio.Semaphore(0), asyncio.Event()
+
+    async def held_up(process):
+        await begin(process)
+        begun.release()
+        await going_on.wait()
+
+    monkeypatch.setattr("app.workers.pool.begin", held_up)
     await post(service, add=[item(7, 21)])
     for pid in pool.pids().values():
         os.kill(pid, signal.SIGKILL)
-    while {worker.state for worker in pool.workers} != {"starting"}:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    for _ in pool.workers:
+        await asyncio.wait_for(begun.acquire(), 20)
     await post(service, add=[item(8, 21)], remove=[7])
-    assert [len(worker.missed) for worker in pool.workers] == [1, 1]
-    while len(pool.ready) < 2:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    going_on.set()
+    for worker in pool.workers:
+        await asyncio.wait_for(worker.is_ready.wait(), 20)
     for _ in range(6):  # either worker
         got = (await rank(app, {"user": {"id": "cho"}, "k": 2})).json()
-        assert ([i["id"] for i in got["items"]], got["degraded"]) == ([world.item_id(21), 8], [])
+        assert ([i["id"] for i in got["items"]], got["epoch"], got["degraded"]) == ([world.item_id(21), 8], 3, [])
 
 
 async def test_what_changes_nothing_is_not_kept(service, tmp_path, monkeypatch):

@@ -178,12 +178,15 @@ def test_a_stop_under_load_fails_nobody_who_was_accepted(bundle):
         with callers(process, 4) as asking:
             asking.wait_for(8)
             asking.is_stopping = True  # what waits to be accepted when the port closes was not accepted
-            for pid in workers(process).values():  # as systemd does
+            at_work = workers(process).values()
+            (forks,) = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in at_work}
+            for pid in (forks, *at_work, process.process.pid):  # as systemd does
                 os.kill(pid, signal.SIGTERM)
-            process.process.send_signal(signal.SIGTERM)
             assert process.process.wait(PATIENCE_S) == 0
     assert set(asking.statuses) <= {200, 503}
     assert not asking.degraded
+    ends = [line for line in iter(process.lines.get, None) if " of a worker ended with code " in line]
+    assert [line.count(" ended with code 0") for line in ends] == [1, 1, 1]
 
 
 def test_overload_narrows_the_funnel_then_refuses_and_recovers(bundle):
