@@ -73,7 +73,7 @@ def admin_routes(service: Service) -> APIRouter:
     async def offer(request: Request) -> dict[str, Any]:
         asked = wire.parse(await _body(request), wire.OfferRequest)
         service.offer(Path(asked.path), activate=asked.activate)
-        return {}
+        return {"loading": service.loading}
 
     @router.post("/admin/items")
     async def change_items(request: Request) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def admin_routes(service: Service) -> APIRouter:
     @router.post("/admin/rollback", status_code=HTTPStatus.ACCEPTED)
     async def roll_back() -> dict[str, Any]:
         service.switch_to("previous")
-        return {}
+        return {"serving": service.held["serving"].generation.name}
 
     return router
 

@@ -19,7 +19,7 @@ WinnowError
 └── ContractError            our bug: loud, never degraded away
 """
 
-import math
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,11 @@ class FieldError:
 
 
 def shown(value: Any) -> Any:
-    """A value fit for an error: short, and nothing that JSON can't hold."""
-    is_number = isinstance(value, float) and math.isfinite(value)
-    if value is None or is_number or (isinstance(value, bool | int) and abs(value) < 2**53):
+    """A value fit for an error: a number that any reader of JSON holds as it is; else its text, or the head of that."""
+    most = float("inf") if isinstance(value, float) else 2**53
+    if value is None or (isinstance(value, int | float) and abs(value) < most):
         return value
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
 
 

@@ -152,7 +152,7 @@ class Query:
     candidate_fields: what the caller sent with the candidates, each [len(candidates), *shape].
     exclude: rows that must not be in the answer, sorted.
     rerank_count: the caller's width for re-ranking, or None for the bundle's.
-    ignored: how many of the ids sent in `history`, `candidates`, `exclude` the catalogue doesn't have.
+    ignored: how much of what was sent is in no table, by the field of the wire that it was sent in.
     live: the epoch it is answered from.
     """
 

@@ -30,8 +30,8 @@ STATUSES: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.NotThere: (HTTPStatus.NOT_FOUND, "client_error"),
     errors.Conflict: (HTTPStatus.CONFLICT, "client_error"),
 }
-OF_SWITCH = (errors.NotThere, errors.Conflict)  # the others are what ranking may raise
-WHY_NOT = {status.value: error.__doc__ for error, (status, _) in STATUSES.items() if error not in OF_SWITCH}
+# What ranking may raise: the others are a switch's.
+WHY_NOT = {status.value: error.__doc__ for error, (status, _) in STATUSES.items() if status not in (404, 409)}
 RETRY_AFTER_S = (1, 3)  # drawn anew for each refusal, so that the refused don't come back together
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 PROBLEM = "application/problem+json"

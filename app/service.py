@@ -202,8 +202,8 @@ class Service:
             serving = self.held["serving"]
             serving.inflight += 1  # pins it to the end of this request, whatever serves meanwhile
             try:
-                timeout_s = self.gate.sla_s if request.timeout_ms is None else request.timeout_ms / 1e3
-                deadline = Deadline(received_at, timeout_s)  # made once, here
+                # Made once, here.
+                deadline = Deadline(received_at, (request.timeout_ms or self.settings.sla_ms) / 1e3)
                 started, sent = time.monotonic(), Sent(request_id, body, request.rerank_count)
                 resolve = partial(wire.to_query, request, request_id, serving.generation)
                 said = await serving.funnel.rank(resolve, deadline, self.gate.quality_now(), sent)

@@ -149,7 +149,10 @@ class DegradedPart(Wire):
 
 
 class RankResponse(Wire):
-    """The answer, and what was given up for it."""
+    """The answer, and what was given up for it.
+
+    `ignored` counts ids that nobody knows, or that were sent twice; of filters, names that no item can have.
+    """
 
     request_id: str
     generation: str
@@ -159,7 +162,7 @@ class RankResponse(Wire):
     coverage: CoveragePart
     degraded: list[DegradedPart]
     expected_ndcg_loss: float | None = Field(description="Of NDCG@k; 0: no stage gave anything up; null: not measured.")
-    ignored: dict[Literal["history", "candidates", "exclude"], int] = Field(description="Ids unknown, or sent twice.")
+    ignored: dict[Literal["user", "history", "candidates", "exclude", "filters"], int]
     took_ms: dict[str, float] = Field(description="By stage and in total; `queue`: for the one worker, there and back.")
 
 
@@ -216,12 +219,12 @@ def _field_errors(errors: Sequence[Any], sent: Any, schema: type[Wire]) -> list[
     for error in errors:
         by_path.setdefault(_path(error, sent), []).append(error)
     outer = {path[:n] for path in by_path for n in range(len(path))}
-    told = {path: found for path, found in by_path.items() if path not in outer}
-    allowed = {
-        path: ", or ".join(dict.fromkeys(_allowed(path, e, schema) for e in found)) for path, found in told.items()
-    }
-    names = {path: ".".join(map(str, path)) or "body" for path in told}
-    return [FieldError(names[path], shown(found[0]["input"]), allowed[path]) for path, found in told.items()]
+
+    def told(path: tuple[int | str, ...], found: list[Any]) -> FieldError:
+        allowed = ", or ".join(dict.fromkeys(_allowed(path, e, schema) for e in found))
+        return FieldError(".".join(map(str, path)) or "body", shown(found[0]["input"]), allowed)
+
+    return [told(path, found) for path, found in by_path.items() if path not in outer]
 
 
 def _allowed(path: tuple[int | str, ...], error: Any, schema: type[Wire]) -> str:
@@ -244,12 +247,6 @@ def _path(error: Any, value: Any) -> tuple[int | str, ...]:
     return tuple(path)
 
 
-def asked(request: RankRequest) -> dict[str, Any]:
-    """The features of the request as a whole, by schema key."""
-    sent = {"user": request.user.features, "context": request.context, "query": request.query}
-    return {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
-
-
 def to_query(request: RankRequest, request_id: str, generation: Generation, *, is_late: bool = False) -> Query:
     """Everything external becomes rows of this generation; is_late: without a look at the user table.
 
@@ -257,20 +254,25 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     Raises: InvalidRequest, for filters and features that this bundle doesn't have.
     """
     user = request.user
-    person, n_ignored = users.resolve(user.id, user.history, asked(request), generation, is_late=is_late)
+    sent = {"user": user.features, "context": request.context, "query": request.query}
+    features = {f"{part}.{name}": value for part, values in sent.items() for name, value in values.items()}
+    person, n_ignored = users.resolve(user.id, user.history, features, generation, is_late=is_late)
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
+    filters = tuple(_filter(i, f, generation) for i, f in enumerate(request.filters))
+    unknown = {"user": int(not (user.id is None or person.is_known or person.is_late)), "history": n_ignored}
+    unknown["filters"] = sum(int(np.isnan(f.values).sum()) for f in filters if f.values is not None)
     live = generation.live  # after the look-ups: it knows where an item is that was added again meanwhile
     return Query(
         request_id=request_id,
         person=person,
         k=request.k or generation.manifest.funnel.k,
-        filters=tuple(_filter(i, f, generation) for i, f in enumerate(request.filters)),
+        filters=filters,
         exclude=sealed(np.sort(live.present(exclude[exclude != NO_ROW]))),
         candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,
-        ignored={"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
+        ignored=unknown | {"exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
         live=live,
     )
 
@@ -316,8 +318,9 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
         allowed = ", ".join(generation.filterable) or "none in this bundle"
         raise InvalidRequest(FieldError(f"{where}.field", shown(part.field), f"no such table; allowed: {allowed}"))
     vocab = generation.vocab.get(part.field)
-    if vocab is not None and (part.gte, part.lte) != (None, None):
-        raise InvalidRequest(FieldError(where, shown(part.field), "eq or in: category names have no order"))
+    for way, bound in (("gte", part.gte), ("lte", part.lte)) if vocab is not None else ():
+        if bound is not None:
+            raise InvalidRequest(FieldError(f"{where}.{way}", bound, "eq or in: category names have no order"))
     key, wanted = ("in", part.one_of) if part.eq is None else ("eq", [part.eq])
     largest = max((v for v in (*(wanted or ()), part.gte, part.lte) if isinstance(v, float)), key=abs, default=0.0)
     # As a float a larger one can't be told from the next whole number.

@@ -85,7 +85,8 @@ async def test_rolling_back_lets_the_previous_one_serve_at_once(service, admin, 
     assert (await call(admin, "POST", "/admin/rollback")).status == 409
     await offer(admin, other)
     await loaded(service)
-    assert (await call(admin, "POST", "/admin/rollback")).status == 202
+    reply = await call(admin, "POST", "/admin/rollback")
+    assert (reply.status, reply.json()) == (202, {"serving": service.serving.generation.name})
     assert versions(service) == {"serving": "1", "previous": "2"}
     assert (await rank(create_app(service), PATIENT)).json()["generation"].startswith("tiny@1#")
 
@@ -109,7 +110,9 @@ async def test_who_rolls_back_while_a_bundle_loads_means_it(service, admin, othe
     await offer(admin, other)
     await loaded(service)
     reseal(copy, lambda m: m.update(version="3"))
-    assert (await offer(admin, copy)).status == 202
+    reply = await offer(admin, copy)
+    loading = {"path": str(copy), "state": "loading", "error": None}
+    assert (reply.status, reply.json()) == (202, {"loading": loading})
     assert (await call(admin, "POST", "/admin/rollback")).status == 202
     await loaded(service)
     assert service.loading["state"] == "ready"
