@@ -38,7 +38,7 @@ OTHERS = ((250, 50, 1), (250, 50, 2), (500, 60, 2), (500, 125, 1), (500, 250, 2)
 SHARES = (0.5, 0.7, 0.85)  # of the highest rate
 MOST_RATE_ERROR, MOST_P99_ERROR = 0.15, 0.25
 LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
-REQUESTS, PART_S, STEP_S = 10_000, 6.0, 8.0  # of a run at a share; of its parts; of a step of the search
+REQUESTS, PART_S, STEP_S = 10_000, 6.0, 8.0  # at a share, in all its runs; of their parts; of a step of the search
 # Of the highest rate, and at each share of it; medians count: single searches are a fifth off, single runs met a stall.
 SEARCHES = RUNS = 3
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
@@ -206,7 +206,7 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
         for number in range(1 if is_quick else RUNS):
             for share in SHARES:
                 settle(server)
-                n = 200 if is_quick else REQUESTS
+                n = 200 if is_quick else math.ceil(REQUESTS / RUNS)
                 seed = 100 * number + int(share * 100)
                 met[share].append(_at(row, share, target, again, predicts=predicts, requests=n, seed=seed, say=say))
                 row.p99_s[share] = medians(met[share])  # what was measured counts, whatever becomes of the rest
