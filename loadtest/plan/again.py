@@ -3,9 +3,15 @@
 What a request takes it, over what the calibration's line says for cores as busy as those were, is how much slower the
 machine is. How many times as far its p99 lies above its median as it does in the simulation is what stalls add.
 
+It is asked for seconds, after a pause in which others had the cores, and takes another CPU then than in the longer runs
+of a calibration, which follow one another. What that usually is over their line is found between these runs
+(`Briefly`): found after them, it held what the machine had become meanwhile (0.84 on 2026-11-28, in a minute that was
+quicker than the calibration's, and all that was predicted from it was a sixth too slow).
+
 Times when it is asked, and what is predicted with it, are bench.py's; the arithmetic is fit.py's.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from loadtest import launch
+from loadtest.observed import Observed
 from loadtest.plan import fit, measure
-from loadtest.plan.calibration import Calibration
+from loadtest.plan.calibration import Calibration, CalibrationError, Loaded
 from loadtest.plan.recipe import model
 
 ASKED_S, AFTER = (1.0, 3.0), 2  # seconds, the first to get warm; calls of a search between two askings
@@ -49,9 +56,8 @@ class Again:
 
     def ask(self) -> None:
         """Now. Raises RuntimeError."""
-        target, self.seed = measure.aim(self.server, self.bodies), self.seed + 1
-        measure.run(target, self.rate, ASKED_S[0], seed=self.seed)
-        seen, now = measure.metered(target, self.rate, ASKED_S[1], seed=self.seed)
+        self.seed += 1
+        seen, now = asked(measure.aim(self.server, self.bodies), self.rate, self.seed)
         if fit.is_usable(now):
             self.met.append(fit.slower(self.calibrated, now) / self.calibrated.briefly)
             self.latency_s += seen.latency_s[seen.is_ok].tolist()
@@ -74,6 +80,31 @@ class Again:
         return replace(
             self.calibrated, stretch=fit.stretch([_ends(self.latency_s)], [_ends(np.concatenate(simulated))])
         )
+
+
+@dataclass
+class Briefly:
+    """Asks a service that is being calibrated between two of its runs, at the rate of the first, after a pause."""
+
+    pause_s: float
+    met: list[Loaded] = field(default_factory=list)
+
+    def __call__(self, target: measure.Target, rate: float) -> None:
+        time.sleep(self.pause_s)
+        self.met.append(asked(target, rate, len(self.met))[1])
+
+    def over(self, calibrated: Calibration) -> float:
+        """What it took, over what the line of this calibration says: the median. Raises CalibrationError."""
+        found = [fit.slower(calibrated, one) for one in self.met if fit.is_usable(one)]
+        if not found:
+            raise CalibrationError("between the runs of the calibration the service could not be asked")
+        return float(np.median(found))
+
+
+def asked(target: measure.Target, rate: float, seed: int) -> tuple[Observed, Loaded]:
+    """What a service met and took in a few seconds, once it was warm. Raises RuntimeError."""
+    measure.run(target, rate, ASKED_S[0], seed=seed)
+    return measure.metered(target, rate, ASKED_S[1], seed=seed)
 
 
 def _ends(latency_s: ArrayLike) -> tuple[float, float]:

@@ -4,7 +4,7 @@
 
 No number of the other configurations enters a prediction. The machine drifts in the time that it takes: each prediction
 is for the machine as it is by now, which again.py tells. The load generator takes CPU here too: in this bench, and only
-here, it is a station of the simulation.
+here, it is a station of the simulation. It is over 250 lines because a figure is predicted where it is measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from loadtest import launch, search
 from loadtest.lab.bodies import for_bundle
 from loadtest.plan import bundles, calibration, measure
-from loadtest.plan.again import SIMULATED, Again
+from loadtest.plan.again import SIMULATED, Again, Briefly
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
@@ -43,7 +43,6 @@ REQUESTS, PART_S, STEP_S = 10_000, 6.0, 8.0  # at a share, in all its runs; of t
 SEARCHES = RUNS = 3
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
-AT_ONCE = 6  # times that the calibrated configuration is asked before anything else is measured
 
 
 @dataclass
@@ -104,10 +103,6 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             narrow = bundles.at_widths(parsed.bundle, folder, base.retrieve, base.rerank)
             known = stack.enter_context(measure.serve(narrow, base))
             measure.single(measure.aim(known, bodies), base.rerank, 100)
-            if not parsed.calibration:  # a kept one knows: how slow the machine is by now must not be taken for it
-                briefly = usual(Again(known, bodies, calibrated), 1 if parsed.quick else AT_ONCE)
-                calibrated = replace(calibrated, briefly=briefly)
-                calibration.write(calibrated, KEPT)
             say(f"asked for seconds, the calibrated configuration takes {calibrated.briefly:.2f} x the CPU")
         except (CalibrationError, RuntimeError, OSError) as e:
             print(f"refused: {e}", file=sys.stderr)
@@ -137,14 +132,6 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     return 0 if verdict("capacity", groups, sys.stdout, facts, heading="configuration") else 1
 
 
-def usual(again: Again, times: int) -> float:
-    """What the calibrated configuration takes at once, after pauses as long as a part. Raises RuntimeError."""
-    for _ in range(times):
-        time.sleep(PART_S)
-        again.ask()
-    return again.slower()
-
-
 def numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
@@ -160,7 +147,9 @@ def _calibrated(
         check_is_of(found, parsed.bundle)
         return found
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
-    made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick)
+    briefly = Briefly(pause_s=0.0 if parsed.quick else PART_S)
+    made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly)
+    made = replace(made, briefly=briefly.over(made))
     calibration.write(made, KEPT)
     say(f"kept in {KEPT}, for --calibration")
     return made

@@ -8,7 +8,8 @@ Widths vary by the request's `rerank_count`, which widens retrieval too where it
 narrow widths, and one service shows them all. Widths take turns, and the many single requests at the base's beside
 them, so that a minute in which the machine is slow is slow for all. No piece of work beside the service tells how fast
 that is: such a probe moved by a third while what a request took the service stayed within a twelfth of its median
-(2026-11-27, W1, 24 runs of 8 s), so it is the service's own CPU that tells.
+(2026-11-27, W1, 24 runs of 8 s), so it is the service's own CPU that tells. It is over 250 lines because single
+requests and loads are metered by the same hands.
 """
 
 import contextlib
@@ -65,16 +66,27 @@ class Target:
         return spent(self.server.process.pid, self.pids)
 
 
+After = Callable[[Target, float], None]
+
+
 def aim(server: Server, bodies: Sequence[bytes]) -> Target:
     """Asks for the workers once: while something is metered, nothing else is to be asked of the service."""
     return Target(server, bodies, tuple(server.workers().values()))
 
 
 def calibrate(
-    bundle: Path, asked: Sequence[bytes], workers: int, say: Say, *, source: Path | None = None, is_quick: bool = False
+    bundle: Path,
+    asked: Sequence[bytes],
+    workers: int,
+    say: Say,
+    *,
+    source: Path | None = None,
+    is_quick: bool = False,
+    after: After = lambda *_: None,
 ) -> Calibration:
     """Serve the bundle and measure it with these requests; `source` is what it was narrowed from.
 
+    after: called with the service and the rate of each run under load that it held.
     Raises RuntimeError when it can't be measured.
     """
     manifest = bundles.manifest_of(bundle)
@@ -87,7 +99,7 @@ def calibrate(
         single(target, base.rerank, 50)  # nobody's first request counts
         demand, speeds = _demand(target, base, short, say)
         memory = read_memory(server, bundle)
-        loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say)
+        loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say, after)
     if loaded:
         demand = replace(demand, client_s=float(np.median([run.client_s for run in loaded])))
     calibration = Calibration(
@@ -178,7 +190,7 @@ def _slower(parts: Sequence[Sequence[Single]]) -> list[float]:
 # ------------------------------------------------------------------------------------------- under load
 
 
-def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say) -> list[Loaded]:
+def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say, after: After) -> list[Loaded]:
     """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none.
 
     Then the same rates once more, the other way round: a machine that gets faster in that minute must not look like one
@@ -188,21 +200,24 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     run(target, rate, seconds, seed=2 * LOADS)  # nobody's first load counts either
     for number in range(LOADS):
-        runs += _held(target, rate, seconds, number, say)
+        runs += _held(target, rate, seconds, number, say, after)
         if runs and runs[-1].rate != rate:
             break
         rate = rate * GROWTH if runs else rate / GROWTH**2
     for number, rate in enumerate([one.rate for one in reversed(runs)], LOADS):
-        runs += _held(target, rate, seconds, number, say)
+        runs += _held(target, rate, seconds, number, say, after)
     return runs
 
 
-def _held(target: Target, rate: float, seconds: float, seed: int, say: Say) -> list[Loaded]:
+def _held(target: Target, rate: float, seconds: float, seed: int, say: Say, after: After) -> list[Loaded]:
     """The run, if the cores held it."""
     _, one = metered(target, rate, seconds, seed=seed)
     met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
     say(f"{rate:.0f} a second: {met}, CPU {one.cpu_s * 1e3:.2f} ms")
-    return [one] if fit.is_usable(one) else []
+    if not fit.is_usable(one):
+        return []
+    after(target, rate)
+    return [one]
 
 
 def run(

@@ -14,7 +14,7 @@ from loadtest.__main__ import main
 from loadtest.plan import again as again_module
 from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
-from loadtest.plan.calibration import Configuration, Loaded, write
+from loadtest.plan.calibration import CalibrationError, Configuration, Loaded, write
 from loadtest.plan.recipe import model
 from loadtest.table import verdict
 from tests.loadtest.plan.made import CALIBRATION, MS, calibration
@@ -84,7 +84,7 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
 
 def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     known = calibration(loaded=[Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)])
-    cpu_s = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS)
+    cpu_s, paused = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), []
 
     def metered(*given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
         return SimpleNamespace(latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool)), replace(
@@ -94,9 +94,14 @@ def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeyp
     monkeypatch.setattr(again_module.measure, "metered", metered)
     monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
-    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
-    usual = bench.usual(again_module.Again(None, [], known), 3)  # type: ignore[arg-type]
-    assert usual == pytest.approx(1.2)
+    monkeypatch.setattr(again_module.time, "sleep", paused.append)
+    briefly = again_module.Briefly(pause_s=6.0)
+    for rate in (50, 100, 150):
+        briefly(None, rate)  # type: ignore[arg-type]
+    usual = briefly.over(known)
+    assert (usual, paused) == (pytest.approx(1.2), [6.0] * 3)
+    with pytest.raises(CalibrationError, match="could not be asked"):
+        again_module.Briefly(pause_s=6.0).over(known)
     again = again_module.Again(None, [], replace(known, briefly=usual))  # type: ignore[arg-type]
     again.ask()
     assert again.slower() == pytest.approx(1.5)
