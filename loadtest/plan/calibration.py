@@ -12,7 +12,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 10
+FORMAT = 11
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
@@ -89,7 +89,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. warmth, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
+    """One calibration. warmth, busiest, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
     briefly: what the base takes over the line of its CPU where it is asked for seconds, between others (again.py).
     error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
@@ -114,6 +114,7 @@ class Calibration:
     loaded: tuple[Loaded, ...]
     memory: Memory
     warmth: tuple[float, float] = (1.0, 0.0)
+    busiest: float = 1.0
     wake_s: float = 0.0
     beyond_s: float = 0.0
     stretch: float = 1.0

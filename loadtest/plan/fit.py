@@ -1,8 +1,10 @@
-"""The numbers of a machine that show only under load: `warmth`, `wake_s`, `beyond_s`, `stretch`. Pure.
+"""The numbers of a machine that show only under load: `warmth`, `busiest`, `wake_s`, `beyond_s`, `stretch`. Pure.
 
 What a request takes is metered one request at a time. Under load its CPU is another: on cores that idle in between
 caches are cold, on busy ones they are warm, but neighbours are in the way. `warmth` is a line through the CPU a request
-that was metered in the loaded runs, over what the demand says, by how busy the cores were.
+that was metered in the loaded runs, over what the demand says, by how busy the cores were. It ends at the busiest of
+them: gone on with, it said .66 for cores without a pause where .9 had been met at two thirds, and highest rates a
+quarter too high (2026-11-28).
 
 The medians of those runs that leave the cores some time say two things more. `beyond_s` is what every latency holds
 that nobody meters: the kernel's way from the generator and back, cores that wake up. `wake_s` is how long who wakes
@@ -37,7 +39,8 @@ def fit(calibration: Calibration) -> Calibration:
     runs = [run for run in calibration.loaded if is_usable(run)]
     if not runs:
         return calibration
-    warm = replace(calibration, warmth=warmth(calibration, runs))
+    busiest = min(1.0, max(run.work for run in runs) / calibration.cores)
+    warm = replace(calibration, warmth=warmth(calibration, runs), busiest=busiest)
     runs = [run for run in runs if run.work <= EASY * calibration.cores] or runs[:1]
     wake_s, beyond_s = waits(warm, runs)
     fitted = replace(warm, wake_s=wake_s, beyond_s=beyond_s)
@@ -65,7 +68,7 @@ def warmth(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, flo
 def slower(calibration: Calibration, run: Loaded) -> float:
     """How much slower the machine was in this run, of the base configuration, than in the calibration: by its CPU."""
     cold, more = calibration.warmth
-    return run.cpu_s / (_alone_s(calibration) * (cold + more * min(1.0, run.work / calibration.cores)))
+    return run.cpu_s / (_alone_s(calibration) * (cold + more * min(calibration.busiest, run.work / calibration.cores)))
 
 
 def _alone_s(calibration: Calibration) -> float:

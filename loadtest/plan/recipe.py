@@ -39,7 +39,8 @@ class Model:
 
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. warmth:
     what the service's CPU for a request is of the demand where cores are idle, and what is added to that where all are
-    busy: less than nothing if caches stay warm. warm: what it is here. beyond_s: in every latency, by nobody here.
+    busy: less than nothing if caches stay warm. busiest: up to where that was met, a share of the cores' time; beyond,
+    it is as there. warm: what it is here. beyond_s: in every latency, by nobody here.
     stretch: of what latencies are over their median. The client's was metered under load.
     """
 
@@ -50,6 +51,7 @@ class Model:
     has_client: bool = False
     scale: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
+    busiest: float = 1.0
     warm: float = 1.0
     beyond_s: float = 0.0
     stretch: float = 1.0
@@ -163,13 +165,13 @@ class Model:
     def factor(self, rate: float) -> float:
         """What the service's CPU for a request is of the demand at this rate: by how busy it keeps the cores.
 
-        factor = cold + more · busy,   busy = rate · (factor · demand + client) / cores
+        factor = cold + more · min(busiest, busy),   busy = rate · (factor · demand + client) / cores
         """
         (cold, more), means = self.warmth, replace(self, warm=1.0).means()
         client = rate * means.pop("client") / self.machine.cores
         alone = rate * sum(means.values()) / self.machine.cores
         busy = (alone * cold + client) / (1 - alone * more) if alone * more < 1 else 1.0
-        return cold + more * min(1.0, busy)
+        return cold + more * min(self.busiest, busy)
 
     @property
     def bound(self) -> float:
@@ -179,7 +181,8 @@ class Model:
         if not self.is_shared(c):
             of_threads, of_workers = 0.0, of_threads + of_workers
         of_cores = sum(means.values()) / self.machine.cores
-        fastest = 1 / min(self.warmth[0], sum(self.warmth))
+        cold, more = self.warmth
+        fastest = 1 / min(cold, cold + more * self.busiest)
         return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
 
@@ -253,6 +256,7 @@ def model(
         has_client,
         scale,
         calibration.warmth,
+        calibration.busiest,
         beyond_s=calibration.beyond_s,
         stretch=calibration.stretch,
     )

@@ -48,8 +48,9 @@ def asked(question: Question) -> str:
 
 def of_load(calibration: Calibration) -> str:
     """What was fitted on the runs under load, in words."""
-    cold, more = calibration.warmth
-    takes = f"a request's CPU is {cold:.2f} x that of one at a time on idle cores and {cold + more:.2f} x on busy ones"
+    (cold, more), busiest = calibration.warmth, calibration.busiest
+    hot = f"{cold + more * busiest:.2f} x on cores that are {busiest:.0%} busy"
+    takes = f"a request's CPU is {cold:.2f} x that of one at a time on idle cores and {hot}"
     waits = f"who wakes on busy cores waits about {calibration.wake_s * 1e3:.1f} ms"
     beyond = f"{calibration.beyond_s * 1e3:.1f} ms of every latency are nobody's"
     return f"{takes}, {waits}, {beyond}, over the median latencies are {calibration.stretch:.2f} x the simulated"

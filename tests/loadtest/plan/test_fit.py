@@ -30,6 +30,7 @@ def test_planted_numbers_predict_a_rate_that_was_not_fitted(warmth: Warmth) -> N
     loaded = (met(warmth, 1 * MS, 60), met(warmth, 1 * MS, 150), met(warmth, 1 * MS, 250))
     found = fit(calibration(loaded=loaded))
     assert found.warmth == pytest.approx(warmth, abs=0.03)
+    assert found.busiest == pytest.approx(loaded[-1].work / CALIBRATION.cores)
     assert found.error < 0.1
     other = met(warmth, 1 * MS, 200)
     seen = model(found, BASE, has_client=True).at(200, 20)

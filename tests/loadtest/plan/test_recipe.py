@@ -142,6 +142,14 @@ def test_busy_cores_keep_caches_warm() -> None:
     assert one.bound == pytest.approx(model(CALIBRATION, BASE).bound / 0.8)
 
 
+def test_beyond_the_busiest_cores_that_were_met_a_request_takes_what_it_took_there() -> None:
+    line = replace(model(CALIBRATION, BASE), warmth=(1.2, -0.4))
+    one = replace(line, busiest=0.5)
+    assert one.factor(50) == line.factor(50)
+    assert one.factor(1e6) == one.factor(1e3) == pytest.approx(1.0)
+    assert one.bound == pytest.approx(model(CALIBRATION, BASE).bound)
+
+
 def test_neighbours_in_the_way_cost_until_all_cores_are_busy() -> None:
     one = replace(model(CALIBRATION, BASE), warmth=(1.0, 0.5))
     assert one.factor(1e6) == pytest.approx(1.5)
