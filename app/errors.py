@@ -36,7 +36,7 @@ class FieldError:
 
 
 def shown(value: Any) -> Any:
-    """A value fit for an error: a number that any reader of JSON holds as it is; else its text, or the head of that."""
+    """A value fit for an error: what any reader of JSON holds as it is; else its JSON; of a long text the head."""
     most = float("inf") if isinstance(value, float) else 2**53
     if value is None or (isinstance(value, int | float) and abs(value) < most):
         return value

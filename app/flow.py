@@ -152,7 +152,7 @@ class Query:
     candidate_fields: what the caller sent with the candidates, each [len(candidates), *shape].
     exclude: rows that must not be in the answer, sorted.
     rerank_count: the caller's width for re-ranking, or None for the bundle's.
-    ignored: how much of what was sent is in no table, by the field of the wire that it was sent in.
+    ignored: by the field of the wire, how much of what was sent there is in no table or vocabulary, or came twice.
     live: the epoch it is answered from.
     """
 

@@ -30,8 +30,8 @@ STATUSES: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.NotThere: (HTTPStatus.NOT_FOUND, "client_error"),
     errors.Conflict: (HTTPStatus.CONFLICT, "client_error"),
 }
-# What ranking may raise: the others are a switch's.
-WHY_NOT = {status.value: error.__doc__ for error, (status, _) in STATUSES.items() if status not in (404, 409)}
+# What ranking may raise: these two are a switch's.
+WHY_NOT = {s.value: e.__doc__ for e, (s, _) in STATUSES.items() if e not in (errors.NotThere, errors.Conflict)}
 RETRY_AFTER_S = (1, 3)  # drawn anew for each refusal, so that the refused don't come back together
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 PROBLEM = "application/problem+json"

@@ -151,7 +151,8 @@ class DegradedPart(Wire):
 class RankResponse(Wire):
     """The answer, and what was given up for it.
 
-    `ignored` counts ids that nobody knows, or that were sent twice; of filters, names that no item can have.
+    `ignored` counts ids that are in no table, or that were sent twice, and names in filters that are in no vocabulary.
+    A user whose look-up was late counts as known.
     """
 
     request_id: str
@@ -260,7 +261,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
     exclude = generation.ids.rows(request.exclude)
     candidates, fields, n_left_out = _candidates(request.candidates, generation)
     filters = tuple(_filter(i, f, generation) for i, f in enumerate(request.filters))
-    unknown = {"user": int(not (user.id is None or person.is_known or person.is_late)), "history": n_ignored}
+    unknown = {"user": int(not (user.id is None or person.is_known or person.is_late or not generation.users))}
     unknown["filters"] = sum(int(np.isnan(f.values).sum()) for f in filters if f.values is not None)
     live = generation.live  # after the look-ups: it knows where an item is that was added again meanwhile
     return Query(
@@ -272,7 +273,7 @@ def to_query(request: RankRequest, request_id: str, generation: Generation, *, i
         candidates=candidates,
         candidate_fields=fields,
         rerank_count=request.rerank_count,
-        ignored=unknown | {"exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
+        ignored=unknown | {"history": n_ignored, "exclude": int(np.sum(exclude == NO_ROW)), "candidates": n_left_out},
         live=live,
     )
 
@@ -320,7 +321,7 @@ def _filter(position: int, part: FilterPart, generation: Generation) -> Filter:
     vocab = generation.vocab.get(part.field)
     for way, bound in (("gte", part.gte), ("lte", part.lte)) if vocab is not None else ():
         if bound is not None:
-            raise InvalidRequest(FieldError(f"{where}.{way}", bound, "eq or in: category names have no order"))
+            raise InvalidRequest(FieldError(f"{where}.{way}", shown(bound), "eq or in: category names have no order"))
     key, wanted = ("in", part.one_of) if part.eq is None else ("eq", [part.eq])
     largest = max((v for v in (*(wanted or ()), part.gte, part.lte) if isinstance(v, float)), key=abs, default=0.0)
     # As a float a larger one can't be told from the next whole number.

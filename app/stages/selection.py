@@ -29,5 +29,5 @@ def _why_empty(scope: RequestScope, query: Query) -> str:
         return "none of the candidates is known and left by filters and exclusions"
     if scope.reports[Stage.RETRIEVAL].outcome in (Outcome.LATE, Outcome.FAILED):
         return "retrieval fell back on popular items, and filters and exclusions leave none of them"
-    unknown = f"; {n} of their names no item can have" if (n := query.ignored.get("filters")) else ""
+    unknown = f"; {n} of their names are in no vocabulary" if (n := query.ignored.get("filters")) else ""
     return f"no item satisfies the filters and is not excluded{unknown}" if query.filters else "every item is excluded"

@@ -4,7 +4,7 @@ What a request takes it, over what the calibration's line says for cores as busy
 machine is. How many times as far its p99 lies above its median as it does in the simulation is what stalls add.
 
 It is asked for seconds, after a pause in which others had the cores, and takes another CPU then than in the longer runs
-of a calibration, which follow one another. What that usually is over their line is found between these runs
+of a calibration. What that usually is over their line is found between these runs
 (`Briefly`): found after them, it held what the machine had become meanwhile (0.84 on 2026-11-28, in a minute that was
 quicker than the calibration's, and all that was predicted from it was a sixth too slow).
 
@@ -84,7 +84,10 @@ class Again:
 
 @dataclass
 class Briefly:
-    """Asks a service that is being calibrated between two of its runs, at the rate of the first, after a pause."""
+    """Asks a service that is being calibrated after each run that it held, at that run's rate, after a pause.
+
+    What it takes is told over the calibration's line, which knows the rate.
+    """
 
     pause_s: float
     met: list[Loaded] = field(default_factory=list)

@@ -149,6 +149,8 @@ def _calibrated(
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
     briefly = Briefly(pause_s=0.0 if parsed.quick else PART_S)
     made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly)
+    if not made.loaded:
+        raise CalibrationError("no run of the calibration under load could be used")
     made = replace(made, briefly=briefly.over(made))
     calibration.write(made, KEPT)
     say(f"kept in {KEPT}, for --calibration")

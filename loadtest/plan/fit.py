@@ -55,14 +55,15 @@ def is_usable(run: Loaded) -> bool:
 
 
 def warmth(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, float]:
-    """What a request's CPU is of the demand on idle cores, and what is added to that on busy ones."""
+    """What a request's CPU is of the demand on idle cores, and what is added to that, times the share that is busy."""
     busy = np.array([run.work / calibration.cores for run in runs])
     ratio = np.array([run.cpu_s for run in runs]) / _alone_s(calibration)
     if np.ptp(busy) < SPREAD:
         return float(np.clip(ratio.mean(), *WARMTH)), 0.0
     more, cold = np.polyfit(busy, ratio, 1)
-    cold, hot = np.clip([cold, cold + more], *WARMTH)
-    return float(cold), float(hot - cold)
+    busiest = min(1.0, float(busy.max()))
+    cold, hot = np.clip([cold, cold + more * busiest], *WARMTH)
+    return float(cold), float(hot - cold) / busiest
 
 
 def slower(calibration: Calibration, run: Loaded) -> float:

@@ -74,7 +74,7 @@ def _provenance(calibration: Calibration, question: Question, plan: Plan) -> Ite
         yield _row("never measured", f"{plan.machines} machines: one is simulated, requests are spread at random")
     if question.cores != calibration.cores:
         yield _row(
-            "extrapolated", f"{question.cores} cores from {calibration.cores}: as slow with all busy as those were"
+            "extrapolated", f"{question.cores} cores from {calibration.cores}: as slow when as busy as those were"
         )
     if question.items != calibration.items:
         grows = growth_of(calibration)

@@ -114,7 +114,7 @@ async def test_unknown_items_are_ignored_and_counted(app):
         ({"filters": [{"field": "year", "lte": 0}]}, "no item satisfies the filters and is not excluded"),
         (
             {"filters": [{"field": "genres", "in": ["dramma", "x"]}]},
-            "no item satisfies the filters and is not excluded; 2 ",
+            "no item satisfies the filters and is not excluded; 2 of their names are in no vocabulary",
         ),
         ({"exclude": [int(i) for i in world.ITEM_IDS]}, "every item is excluded"),
     ],

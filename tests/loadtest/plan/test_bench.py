@@ -84,9 +84,10 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
 
 def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     known = calibration(loaded=[Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)])
-    cpu_s, paused = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), []
+    cpu_s, paused, rates = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), [], []
 
-    def metered(*given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
+    def metered(target: object, rate: float, *given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
+        rates.append(rate)
         return SimpleNamespace(latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool)), replace(
             known.loaded[0], cpu_s=next(cpu_s)
         )
@@ -99,7 +100,7 @@ def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeyp
     for rate in (50, 100, 150):
         briefly(None, rate)  # type: ignore[arg-type]
     usual = briefly.over(known)
-    assert (usual, paused) == (pytest.approx(1.2), [6.0] * 3)
+    assert (usual, paused, rates) == (pytest.approx(1.2), [6.0] * 3, [50, 100, 150])
     with pytest.raises(CalibrationError, match="could not be asked"):
         again_module.Briefly(pause_s=6.0).over(known)
     again = again_module.Again(None, [], replace(known, briefly=usual))  # type: ignore[arg-type]

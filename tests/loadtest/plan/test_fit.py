@@ -89,10 +89,11 @@ def test_runs_that_are_alike_say_what_the_cpu_is_but_not_how_it_changes() -> Non
 
 
 def test_warmth_stays_within_what_a_machine_can_do() -> None:
-    steep = tuple(replace(met((1.0, 0.0), 0.0, rate), cpu_s=cpu_s) for rate, cpu_s in ((30, 20 * MS), (280, 4 * MS)))
-    cold, more = fit(calibration(loaded=steep)).warmth
+    steep = tuple(replace(met((1.0, 0.0), 0.0, rate), cpu_s=cpu_s) for rate, cpu_s in ((20, 9 * MS), (300, 2 * MS)))
+    found = fit(calibration(loaded=steep))
+    cold, more = found.warmth
     assert cold == fit_module.WARMTH[1]
-    assert cold + more == pytest.approx(fit_module.WARMTH[0])
+    assert cold + more * found.busiest == pytest.approx(fit_module.WARMTH[0])
 
 
 def test_a_run_that_narrowed_the_funnel_or_overflowed_says_nothing() -> None:

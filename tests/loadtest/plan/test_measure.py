@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.launch import Server
 from loadtest.plan import measure
-from loadtest.plan.calibration import CalibrationError, Configuration, read, write
+from loadtest.plan.calibration import CalibrationError, Configuration, Loaded, read, write
 from loadtest.plan.costs import Exponent
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import Spent, niceness, read_memory, spent
@@ -103,3 +103,16 @@ def test_parts_are_as_slow_as_what_their_requests_took_over_the_median_part() ->
     plain = single(BASE.rerank)
     took = [replace(plain, spent=Spent(plain.spent.loop * by, plain.spent.workers * by)) for by in (1.0, 1.2, 0.9)]
     assert measure._slower([[one] for one in took]) == pytest.approx([1.0, 1.2, 0.9])
+
+
+def test_what_is_to_be_done_after_a_run_is_done_after_those_that_were_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    coverage, called = iter((1.0, 0.5)), []
+
+    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[None, Loaded]:
+        return None, Loaded(rate, 100, 0.01, 0.02, next(coverage), 1e-3, 4e-3, seconds)
+
+    monkeypatch.setattr(measure, "metered", metered)
+    for rate, n_held in ((50, 1), (65, 0)):
+        held = measure._held("it", rate, 8.5, 0, print, lambda *given: called.append(given))  # type: ignore[arg-type]
+        assert len(held) == n_held
+    assert called == [("it", 50)]
