@@ -59,7 +59,7 @@ class Again:
         self.seed += 1
         seen, now = asked(measure.aim(self.server, self.bodies), self.rate, self.seed)
         if fit.is_usable(now):
-            self.met.append(fit.slower(self.calibrated, now) / self.calibrated.briefly)
+            self.met.append(fit.slower(self.calibrated, now) / (self.calibrated.briefly or 1.0))
             self.latency_s += seen.latency_s[seen.is_ok].tolist()
 
     def slower(self) -> float:

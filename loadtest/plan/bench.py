@@ -99,6 +99,10 @@ def run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             calibrated = _calibrated(parsed, folder, bodies, say)
             if not calibrated.loaded:
                 raise CalibrationError("no run of the calibration under load could be used")
+            if not calibrated.briefly:
+                raise CalibrationError(
+                    f"{parsed.calibration}: made by `plan`; this takes what it kept itself, in {KEPT}"
+                )
             base = calibrated.base
             narrow = bundles.at_widths(parsed.bundle, folder, base.retrieve, base.rerank)
             known = stack.enter_context(measure.serve(narrow, base))
@@ -149,9 +153,8 @@ def _calibrated(
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
     briefly = Briefly(pause_s=0.0 if parsed.quick else PART_S)
     made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly)
-    if not made.loaded:
-        raise CalibrationError("no run of the calibration under load could be used")
-    made = replace(made, briefly=briefly.over(made))
+    if made.loaded:
+        made = replace(made, briefly=briefly.over(made))
     calibration.write(made, KEPT)
     say(f"kept in {KEPT}, for --calibration")
     return made

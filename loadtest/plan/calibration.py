@@ -91,7 +91,9 @@ class Memory:
 class Calibration:
     """One calibration. warmth, busiest, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
-    briefly: what the base takes over the line of its CPU where it is asked for seconds, between others (again.py).
+    busiest: share of the cores' time up to which `warmth` was met.
+    briefly: what the base takes over the line of its CPU where it is asked for seconds, between others (again.py); None
+    where nobody asked: only the bench does.
     error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
     round, over the median. path: of the bundle as the caller named it. contents: of its files, whatever its widths
     (bundles.py).
@@ -118,7 +120,7 @@ class Calibration:
     wake_s: float = 0.0
     beyond_s: float = 0.0
     stretch: float = 1.0
-    briefly: float = 1.0
+    briefly: float | None = None
     n_fitted: int = 0
     error: float = float("nan")
     exponents: dict[str, dict[str, Exponent]] = field(default_factory=dict)

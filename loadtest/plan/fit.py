@@ -3,8 +3,8 @@
 What a request takes is metered one request at a time. Under load its CPU is another: on cores that idle in between
 caches are cold, on busy ones they are warm, but neighbours are in the way. `warmth` is a line through the CPU a request
 that was metered in the loaded runs, over what the demand says, by how busy the cores were. It ends at the busiest of
-them: gone on with, it said .66 for cores without a pause where .9 had been met at two thirds, and highest rates a
-quarter too high (2026-11-28).
+them: gone on with, it said .66 for cores without a pause where .95 had been met at 55 %, and three highest rates were
+14 to 30 % too high (2026-11-28).
 
 The medians of those runs that leave the cores some time say two things more. `beyond_s` is what every latency holds
 that nobody meters: the kernel's way from the generator and back, cores that wake up. `wake_s` is how long who wakes

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -104,6 +105,14 @@ async def test_unknown_items_are_ignored_and_counted(app):
     answer = (await rank(app, request | PATIENT)).json()
     assert [i["id"] for i in answer["items"]] == [world.item_id(22)]
     assert answer["ignored"] == {"user": 1, "history": 3, "exclude": 2, "candidates": 3, "filters": 1}
+
+
+async def test_a_user_is_unknown_only_where_there_is_a_table_that_was_looked_at(generation):
+    asked = wire.parse(b'{"user": {"id": "nobody"}}', wire.RankRequest)
+    nobody = replace(generation, users=None)
+    assert wire.to_query(asked, "r", generation).ignored["user"] == 1
+    assert wire.to_query(asked, "r", generation, is_late=True).ignored["user"] == 0
+    assert wire.to_query(asked, "r", nobody).ignored["user"] == 0
 
 
 @pytest.mark.parametrize(

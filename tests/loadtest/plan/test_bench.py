@@ -121,7 +121,7 @@ def test_a_machine_has_the_tail_of_the_calibrated_configuration_asked_again() ->
     assert again.now(1.2).stretch == pytest.approx(1.6, rel=0.1)
 
 
-def test_a_calibration_without_load_is_refused(
+def test_a_calibration_without_load_or_one_that_nobody_asked_for_seconds_is_refused(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = Path(shutil.copytree(bundle, tmp_path / "tiny"))
@@ -130,6 +130,10 @@ def test_a_calibration_without_load_is_refused(
     write(calibration(contents=contents), tmp_path / "c.json")
     assert main(["capacity", "--bundle", str(tiny), "--calibration", str(tmp_path / "c.json")]) == 2
     assert "no run of the calibration under load" in capsys.readouterr().err
+    loaded = [Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4 * MS, 8.5)]
+    write(calibration(contents=contents, loaded=loaded), tmp_path / "c.json")
+    assert main(["capacity", "--bundle", str(tiny), "--calibration", str(tmp_path / "c.json")]) == 2
+    assert "made by `plan`" in capsys.readouterr().err
 
 
 def test_a_calibration_of_what_is_to_be_predicted_is_refused(
