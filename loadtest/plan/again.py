@@ -1,7 +1,9 @@
 """What the machine is like by now, told by the calibration's own configuration, which stays up and is asked again.
 
 What a request takes it, over what the calibration's line says for cores as busy as those were, is how much slower the
-machine is. How many times as far its p99 lies above its median as it does in the simulation is what stalls add.
+machine is. How many times as far its p99 lies above its median as it does in the simulation is what stalls add: all
+that was met so far, over simulations of machines as slow as it was each time. (One simulation, of a machine as slow as
+by now, said 2.0 in quick minutes and 1.1 in slow ones, of the same requests.)
 
 It is asked for seconds, after a pause in which others had the cores, and takes another CPU then than in the longer runs
 of a calibration. What that usually is over their line is found between these runs
@@ -25,14 +27,15 @@ from loadtest.plan.calibration import Calibration, CalibrationError, Loaded
 from loadtest.plan.recipe import model
 
 ASKED_S, AFTER = (1.0, 3.0), 2  # seconds, the first to get warm; calls of a search between two askings
-SIMULATED, MOST_RUNS = 3, 60  # times what was asked, for the simulation's own noise; runs, for the time that takes
+SIMULATED = 3  # times what was asked, for the simulation's own noise
 
 
 @dataclass
 class Again:
     """The calibration's own configuration, asked again between a row's runs: what the machine is like by now.
 
-    due: calls until it is asked. met: how slow, since that was last asked for. latency_s: of all its requests so far.
+    due: calls until it is asked. met: how slow, since that was last asked for. latency_s, simulated_s: of all its
+    requests so far, and as simulated.
     """
 
     server: launch.Server
@@ -42,6 +45,7 @@ class Again:
     seed: int = 0
     met: list[float] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
+    simulated_s: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -59,8 +63,13 @@ class Again:
         self.seed += 1
         seen, now = asked(measure.aim(self.server, self.bodies), self.rate, self.seed)
         if fit.is_usable(now):
-            self.met.append(fit.slower(self.calibrated, now) / (self.calibrated.briefly or 1.0))
+            slower = fit.slower(self.calibrated, now) / (self.calibrated.briefly or 1.0)
+            self.met.append(slower)
             self.latency_s += seen.latency_s[seen.is_ok].tolist()
+            here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
+            for one in range(SIMULATED):
+                again = here.at(self.rate, ASKED_S[1], SIMULATED * self.seed + one)
+                self.simulated_s += again.latency_s.tolist()
 
     def slower(self) -> float:
         """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
@@ -69,17 +78,11 @@ class Again:
             raise RuntimeError("the calibrated configuration could not be asked again: the machine is too busy")
         return float(np.median(found))
 
-    def now(self, slower: float) -> Calibration:
-        """The calibration with the tail that a machine so slow has by now: as it was, where nothing was met yet."""
+    def now(self) -> Calibration:
+        """The calibration with the tail that the machine has by now: as it was, where nothing was met yet."""
         if not self.latency_s:
             return self.calibrated
-        here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
-        simulated = [
-            here.at(self.rate, ASKED_S[1], seed).latency_s for seed in range(min(SIMULATED * self.seed, MOST_RUNS))
-        ]
-        return replace(
-            self.calibrated, stretch=fit.stretch([_ends(self.latency_s)], [_ends(np.concatenate(simulated))])
-        )
+        return replace(self.calibrated, stretch=fit.stretch([_ends(self.latency_s)], [_ends(self.simulated_s)]))
 
 
 @dataclass

@@ -123,6 +123,10 @@ class Model:
         """The latency from which on the service narrows."""
         return NARROWS_AT * self.configuration.sla_s
 
+    def held_p99_s(self, latency_s: Floats) -> float:
+        """The p99 of these latencies at full widths, or where the service holds it by narrowing, if that is less."""
+        return min(float(np.percentile(latency_s, 99)), self.narrows_at_s)
+
     @property
     def most(self) -> float:
         """In flight, beyond which the service hopes for no answer in time: its rule, on the means of what work takes.

@@ -41,6 +41,8 @@ def test_the_service_s_rules_are_the_service_s() -> None:
 def test_full_quality_ends_close_to_the_sla() -> None:
     one = model(CALIBRATION, replace(BASE, sla_s=0.1), has_client=True)
     assert one.narrows_at_s == pytest.approx(85 * MS)
+    assert one.held_p99_s(np.linspace(0, 50 * MS, 101)) == pytest.approx(49.5 * MS)
+    assert one.held_p99_s(np.linspace(0, 500 * MS, 101)) == pytest.approx(85 * MS)
 
 
 def test_a_lone_request_takes_what_its_parts_take() -> None:
