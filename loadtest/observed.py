@@ -3,6 +3,7 @@
 It knows the form of an answer and keeps what rows compare. What an answer is worth is agreement.py's.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -35,7 +36,7 @@ class Observed:
     problem: what an error's body says, "" if nothing. wanted, reranked: widths. expected_loss: NaN where the answer has
     none. took_s: f64[n, STAGES], NaN where the answer doesn't say. ids, scores, is_fresh: the items, best first;
     is_fresh where the re-ranker scored. started_at: time.monotonic() of instant 0, any process's. most_open: requests
-    in flight at once.
+    in flight at once. stolen_s: what a hypervisor took from all cores meanwhile (stolen.py).
     """
 
     due_s: Floats
@@ -48,6 +49,7 @@ class Observed:
     started_at: float = 0.0
     cpu_s: float = 0.0
     wall_s: float = 0.0
+    stolen_s: float = 0.0
     most_open: int = 0
     wanted: Floats = field(default_factory=lambda: np.empty(0))
     reranked: Floats = field(default_factory=lambda: np.empty(0))
@@ -88,6 +90,11 @@ class Observed:
     def cpu_share(self) -> float:
         """The generator's own CPU, in cores."""
         return self.cpu_s / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def stolen_share(self) -> float:
+        """What a hypervisor took of this machine's cores, in [0, 1]."""
+        return self.stolen_s / self.wall_s / (os.cpu_count() or 1) if self.wall_s else 0.0
 
 
 def joined(runs: Sequence[Observed]) -> Observed:

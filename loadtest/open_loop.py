@@ -34,6 +34,7 @@ from yarl import URL
 
 from loadtest.observed import BROKEN, SILENT, UNREACHABLE, Floats, Observed, parse
 from loadtest.spool import Spool
+from loadtest.stolen import stolen_s
 from loadtest.tally import Tally
 
 JSON = {"content-type": "application/json"}
@@ -235,9 +236,10 @@ async def fly(
             tally.ended(float(seen.latency_s[i]), seen.status[i] == 200)
 
         on_start(start)
-        began, used = time.monotonic(), time.process_time()
+        began, used, stolen = time.monotonic(), time.process_time(), stolen_s()
         await _on_time(send, [start + d for d in due])
         seen.started_at, seen.cpu_s, seen.wall_s = start, time.process_time() - used, time.monotonic() - began
+        seen.stolen_s = stolen_s() - stolen
     seen.most_open = tally.most_open
     return seen, raw
 

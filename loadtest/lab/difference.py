@@ -66,6 +66,7 @@ def differences(a: Run, b: Run, seed: int = 0) -> list[Difference]:
         Difference("expected loss of NDCG", *(f.expected_loss for f in figures)),
         Difference("service's CPU a request, ms", *(f.server_cpu_ms for f in figures)),
         Difference("generator's p99 lateness, ms", a.generator.late_p99_ms, b.generator.late_p99_ms),
+        Difference("taken from its cores by a hypervisor", a.generator.stolen, b.generator.stolen),
     ]
 
 

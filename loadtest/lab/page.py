@@ -89,6 +89,7 @@ def tiles(run: Run) -> str:
     slow = not f.p99_ms <= run.sla_ms
     late = any("late" in why for why in run.invalid)
     busy = any("busy" in why for why in run.invalid)
+    stolen = f"; a hypervisor took {_percent(g.stolen)} % of the cores" if math.isfinite(g.stolen) else ""
     server = f", service {shown(f.server_cpu_ms)} ms a request" if math.isfinite(f.server_cpu_ms) else ""
     made = (
         (f"{shown(f.rate_due)}", "/s", f"due; {shown(f.rate_answered)}/s answered", False),
@@ -99,7 +100,7 @@ def tiles(run: Run) -> str:
         (f"{f.requests - f.answered:,}", "", f"failed of {f.requests:,}", f.answered < LEAST_ANSWERED * f.requests),
         (_fixed(f.coverage), "", f"mean coverage; {_percent(f.degraded)} % degraded", False),
         (shown(g.late_p99_ms), "ms", f"the generator's own p99 lateness; longest {shown(g.late_max_ms)}", late),
-        (f"{g.cpu:.2f}", "cores", f"the generator's CPU{server}", busy),
+        (f"{g.cpu:.2f}", "cores", f"the generator's CPU{server}{stolen}", busy),
     )
     return '<div class="tiles">' + "".join(_tile(*one) for one in made) + "</div>"
 

@@ -59,7 +59,7 @@ def record(
     )
     late_ms = np.maximum(seen.sent_late_s[counted], 0) * 1e3 if n else np.zeros(1)
     late_p50, late_p99 = np.quantile(late_ms, (0.5, 0.99)).tolist()
-    generator = Generator(late_p50, late_p99, float(late_ms.max()), seen.cpu_share, seen.most_open)
+    generator = Generator(late_p50, late_p99, float(late_ms.max()), seen.cpu_share, seen.most_open, seen.stolen_share)
     bin_s = bin_width(warm_up_s + seconds)
     return Run(
         setup=setup,

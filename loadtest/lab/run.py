@@ -54,13 +54,17 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """The generator's own: how late it sent, CPU in cores, requests in flight at once."""
+    """The generator's own: how late it sent, CPU in cores, requests in flight at once.
+
+    stolen: what a hypervisor took of its machine's cores, a share; NaN in runs kept before it was counted.
+    """
 
     late_p50_ms: float
     late_p99_ms: float
     late_max_ms: float
     cpu: float
     most_open: int
+    stolen: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,7 @@ class Run:
             Figure("mean coverage", f.coverage, least=least_coverage or None),
             Figure("generator's p99 lateness", self.generator.late_p99_ms, unit="ms"),
             Figure("generator's CPU", self.generator.cpu, unit="cores"),
+            Figure("taken from its cores by a hypervisor", self.generator.stolen),
         )
 
 
@@ -174,7 +179,10 @@ def read(file: Path) -> Run:
         raise ValueError(f"{file}: {schema} {version}; allowed is {SCHEMA} {SCHEMA_VERSION}")
     try:
         stages = {name: Stage(**_with_nan(Stage, stage)) for name, stage in said["stages"].items()}
-        figures, generator = Figures(**_with_nan(Figures, said["figures"])), Generator(**said["generator"])
+        figures, generator = (
+            Figures(**_with_nan(Figures, said["figures"])),
+            Generator(**_with_nan(Generator, said["generator"])),
+        )
         coverage = [math.nan if c is None else c for c in said["series"]["coverage"]]
         series = replace(Series(**said["series"]), coverage=coverage)
         run = Run(**said | {"figures": figures, "generator": generator, "series": series, "stages": stages})

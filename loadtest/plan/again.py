@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from loadtest import launch
-from loadtest.observed import Observed
+from loadtest.observed import Floats, Observed
 from loadtest.plan import fit, measure
 from loadtest.plan.calibration import Calibration, CalibrationError, Loaded
-from loadtest.plan.recipe import model
+from loadtest.plan.recipe import Model, model
 
 ASKED_S, AFTER = (1.0, 3.0), 2  # seconds, the first to get warm; calls of a search between two askings
 SIMULATED = 3  # times what was asked, for the simulation's own noise
@@ -67,9 +67,7 @@ class Again:
             self.met.append(slower)
             self.latency_s += seen.latency_s[seen.is_ok].tolist()
             here = model(replace(self.calibrated, stretch=1.0), self.calibrated.base, scale=slower, has_client=True)
-            for one in range(SIMULATED):
-                again = here.at(self.rate, ASKED_S[1], SIMULATED * self.seed + one)
-                self.simulated_s += again.latency_s.tolist()
+            self.simulated_s += simulated_s(here, seen.due_s, self.rate).tolist()
 
     def slower(self) -> float:
         """The median of what was met; from here on it is met anew. Raises RuntimeError where nothing was."""
@@ -109,8 +107,18 @@ class Briefly:
 
 def asked(target: measure.Target, rate: float, seed: int) -> tuple[Observed, Loaded]:
     """What a service met and took in a few seconds, once it was warm. Raises RuntimeError."""
-    measure.run(target, rate, ASKED_S[0], seed=seed)
+    measure.metered(target, rate, ASKED_S[0], seed=seed)
     return measure.metered(target, rate, ASKED_S[1], seed=seed)
+
+
+def simulated_s(model: Model, due_s: Floats, rate: float) -> Floats:
+    """Latencies of a run's own arrivals, several times over: chance in who comes when isn't the machine's.
+
+    due_s: f64[n]; where it falls a part of the run begins, on a service with nothing to do.
+    """
+    parts = np.split(due_s, np.flatnonzero(np.diff(due_s) < 0) + 1)
+    seeds = range(SIMULATED)
+    return np.concatenate([model.of(part, rate, seed).latency_s for part in parts for seed in seeds])
 
 
 def _ends(latency_s: ArrayLike) -> tuple[float, float]:

@@ -25,7 +25,7 @@ import numpy as np
 from loadtest import launch, search
 from loadtest.lab.bodies import for_bundle
 from loadtest.plan import bundles, calibration, measure
-from loadtest.plan.again import SIMULATED, Again, Briefly
+from loadtest.plan.again import Again, Briefly, simulated_s
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
@@ -179,9 +179,8 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
         def holds(rate: float) -> bool:
             nonlocal steps
             settle(server)
-            seen = measure.run(target, rate, step_s, seed=steps, between=again)
+            seen, one = measure.metered(target, rate, step_s, seed=steps, between=again)
             steps += 1
-            one = measure.summed_up(seen, rate, step_s)
             say(f"  {rate:.0f}/s: p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}")
             is_answered = bool(seen.is_ok.mean() >= LEAST_ANSWERED)
             return is_answered and one.coverage >= LEAST_COVERAGE and one.p99_s <= SLA_S
@@ -228,18 +227,16 @@ def _at(
     rate = share * row.rate
     seconds = requests * 1.05 / rate  # a Poisson process of so long has at least so many
     parts = math.ceil(seconds / PART_S)
-    before = target.spent()
-    seen = measure.run(target, rate, seconds, parts=parts, seed=seed, between=again.ask)
-    used = target.spent().since(before, len(seen))
-    one, slower = measure.summed_up(seen, rate, seconds), again.slower()
+    seen, one = measure.metered(target, rate, seconds, parts=parts, seed=seed, between=again.ask)
+    slower = again.slower()
     predicted = predicts(slower)
-    met = np.concatenate([predicted.at(rate, seconds, seed).latency_s for seed in range(SIMULATED)])
+    met = simulated_s(predicted, seen.due_s, rate)
     p99_s = one.p99_s, predicted.held_p99_s(met)
     late_ms = float(np.quantile(seen.sent_late_s, 0.99)) * 1e3
     p50 = f"p50 {one.p50_s * 1e3:.1f}, predicted {np.percentile(met, 50) * 1e3:.1f}"
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in p99_s))
-    cpu = f"CPU {(used.loop + used.workers) * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
-    late = f"sent late by {late_ms:.2f} ms"
+    cpu = f"CPU {one.cpu_s * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
+    late = f"sent late by {late_ms:.2f} ms, a hypervisor took {one.stolen:.1%}"
     machine = f"{slower:.2f} x as slow, p99s {predicted.stretch:.2f} x as far"
     say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {machine}")
     if p99_s[1] >= predicted.narrows_at_s:
@@ -248,6 +245,8 @@ def _at(
         row.notes.append(f"coverage {one.coverage:.3f} at {share:.0%}")
     if late_ms > LATE_MS:
         row.notes.append(f"sent late by {late_ms:.0f} ms at {share:.0%}")
+    if one.stolen > measure.CALM:
+        row.notes.append(f"a hypervisor took {one.stolen:.1%} of the cores at {share:.0%}")
     return p99_s
 
 

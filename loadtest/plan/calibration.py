@@ -7,13 +7,15 @@ recipe.py's.
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 11
+FORMAT = 12
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
+MOST_STOLEN = 0.05  # of the cores' time by a hypervisor, in the median run under load
 MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know
 SIZES = ("items", "width", "dimension", "model", "workers")  # of which costs are powers
 
@@ -37,7 +39,10 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A run under load. client_s, cpu_s: CPU of the load generator and of the service, a request."""
+    """A run under load. client_s, cpu_s: CPU of the load generator and of the service, a request.
+
+    stolen: what a hypervisor took of the cores, a share.
+    """
 
     rate: float
     requests: int
@@ -47,6 +52,7 @@ class Loaded:
     client_s: float
     cpu_s: float
     seconds: float
+    stolen: float = 0.0
 
     @property
     def work(self) -> float:
@@ -135,6 +141,8 @@ class Calibration:
             return f"only {self.n_fitted} of its runs under load kept the whole funnel and left the cores some time"
         if not self.error <= MOST_ERROR:
             return f"its simulation is off by {self.error:.0%} on its own {self.n_fitted} runs"
+        if (stolen := median([run.stolen for run in self.loaded] or [0.0])) > MOST_STOLEN:
+            return f"a hypervisor took {stolen:.1%} of the cores under load"
         if not 1 / MOST_STRETCH < self.stretch < MOST_STRETCH:
             return f"its p99s lie {self.stretch:.1f} times as far over the median as simulated"
         return None

@@ -155,9 +155,16 @@ class Model:
         """What Poisson arrivals of this rate meet for so long; never more than 40,000 requests of it."""
         rng = np.random.default_rng([seed, 7])
         n = int(min(max(rate * seconds, 100), MOST_REQUESTS))
-        arrivals: Floats = np.cumsum(rng.exponential(1 / rate, n))
+        return self._met(np.cumsum(rng.exponential(1 / rate, n)), rate, seed, rng)
+
+    def of(self, arrivals: Floats, rate: float, seed: int = 0) -> Simulated:
+        """What these arrivals meet, f64[n] rising, seconds, which come at this rate."""
+        return self._met(arrivals, rate, seed, np.random.default_rng([seed, 8]))
+
+    def _met(self, arrivals: Floats, rate: float, seed: int, rng: np.random.Generator) -> Simulated:
         here = replace(self, warm=self.factor(rate))
-        seen = simulate(arrivals, here.steps(n, rng), self.stations, self.machine, seed)
+        steps = here.steps(len(arrivals), rng)
+        seen = simulate(arrivals, steps, self.stations, self.machine, seed)
         over = np.maximum(seen.latency_s - np.median(seen.latency_s), 0.0)
         return replace(seen, latency_s=seen.latency_s + self.scale * self.beyond_s + (self.stretch - 1) * over)
 

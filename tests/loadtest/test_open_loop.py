@@ -129,6 +129,7 @@ async def test_answers_become_columns():
     assert seen.body.tolist() == [0, 1]
     both = joined([seen, seen])
     assert len(both) == 4 and both.cause == ["reranking partial", ""] * 2 and both.wall_s == 2 * seen.wall_s
+    assert both.stolen_s == 2 * seen.stolen_s >= 0
 
 
 async def test_a_generator_runs_in_a_process_of_its_own():

@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from loadtest.__main__ import main
+from loadtest.arrivals import poisson
 from loadtest.plan import again as again_module
 from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
@@ -54,6 +56,15 @@ def test_the_table_says_measured_predicted_and_the_speed_met() -> None:
     assert "nan" not in text
 
 
+def _asked(metered: Any) -> Any:
+    """What stands for measure.metered: the second before, to get warm, says nothing."""
+
+    def in_turn(target: object, rate: float, seconds: float, *, seed: int) -> Any:
+        return metered(target, rate, seconds, seed=seed) if seconds == again_module.ASKED_S[1] else None
+
+    return in_turn
+
+
 def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it takes 1 + .2 + 1.3 + .2 + 1.58 ms; at 100 a second, with .4 ms of the client's, two cores are warm."""
     plain = Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)
@@ -65,10 +76,10 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
         scale, cpu_s = next(slower), 0.0
         for _ in range(50):  # what is slower keeps the cores busier, and so warmer
             cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
-        return SimpleNamespace(latency_s=np.full(400, 0.01), is_ok=np.arange(400) > 0), replace(plain, cpu_s=cpu_s)
+        seen = SimpleNamespace(due_s=np.arange(400) / 100, latency_s=np.full(400, 0.01), is_ok=np.arange(400) > 0)
+        return seen, replace(plain, cpu_s=cpu_s)
 
-    monkeypatch.setattr(again_module.measure, "metered", metered)
-    monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
     again = again_module.Again(None, [], known)  # type: ignore[arg-type]
     for _ in range(2 * again_module.AFTER + 1):
@@ -91,12 +102,12 @@ def test_a_tail_is_told_over_machines_as_slow_as_each_was(monkeypatch: pytest.Mo
     def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[SimpleNamespace, Loaded]:
         scale = next(scales)
         here = model(known, known.base, scale=scale, has_client=True)
-        plain_s = np.concatenate([here.at(rate, seconds, 1_000 + 10 * seed + i).latency_s for i in range(3)])
+        due_s = poisson(rate, seconds, seed)
+        plain_s = here.of(due_s, rate, 1_000 + seed).latency_s
         far = plain_s + 0.4 * np.maximum(plain_s - np.median(plain_s), 0.0)
-        return SimpleNamespace(latency_s=far, is_ok=far > 0), replace(plain, cpu_s=scale * plain.cpu_s)
+        return SimpleNamespace(due_s=due_s, latency_s=far, is_ok=far > 0), replace(plain, cpu_s=scale * plain.cpu_s)
 
-    monkeypatch.setattr(again_module.measure, "metered", metered)
-    monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
     again = again_module.Again(None, [], known)  # type: ignore[arg-type]
     assert again.now() == known
@@ -107,18 +118,26 @@ def test_a_tail_is_told_over_machines_as_slow_as_each_was(monkeypatch: pytest.Mo
     assert again.now().stretch == pytest.approx(1.4, abs=0.1)
 
 
+def test_a_run_s_own_arrivals_are_simulated_and_each_part_begins_with_nothing_to_do() -> None:
+    """Two workers, two at once: nobody waits for a worker. Four in a row at once: half of them do, but not in parts."""
+    known = model(CALIBRATION, CALIBRATION.base)
+    apart, at_once = np.array([0.0, 0.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0, 0.0])
+    together = again_module.simulated_s(known, apart, 1.0)
+    parts = again_module.simulated_s(known, at_once, 1.0)
+    assert len(together) == len(parts) == 4 * again_module.SIMULATED
+    assert parts.max() < 0.7 * together.max()
+
+
 def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     known = calibration(loaded=[Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)])
     cpu_s, paused, rates = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), [], []
 
     def metered(target: object, rate: float, *given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
         rates.append(rate)
-        return SimpleNamespace(latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool)), replace(
-            known.loaded[0], cpu_s=next(cpu_s)
-        )
+        seen = SimpleNamespace(due_s=np.arange(9) / 100, latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool))
+        return seen, replace(known.loaded[0], cpu_s=next(cpu_s))
 
-    monkeypatch.setattr(again_module.measure, "metered", metered)
-    monkeypatch.setattr(again_module.measure, "run", lambda *given, **named: None)
+    monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
     monkeypatch.setattr(again_module.time, "sleep", paused.append)
     briefly = again_module.Briefly(pause_s=6.0)

@@ -1,19 +1,24 @@
 """From seconds and CPU to a demand: planted costs are found; a real service can be asked for them."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from loadtest.launch import Server
+from loadtest.observed import Observed
+from loadtest.open_loop import Attack
 from loadtest.plan import measure
 from loadtest.plan.calibration import CalibrationError, Configuration, Loaded, read, write
 from loadtest.plan.costs import Exponent
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import Spent, niceness, read_memory, spent
+from tests.loadtest.lab.made import observed
 from tests.loadtest.plan.made import BASE, DEMAND, calibration
 
 
@@ -87,11 +92,30 @@ def test_a_request_that_is_refused_ends_the_measurement(server: Server) -> None:
 
 def test_a_run_in_parts_calls_what_is_to_be_done_between_them_and_meters_the_service(server: Server) -> None:
     target, calls = measure.aim(server, [json.dumps({"k": 3}).encode()]), list[int]()
-    seen = measure.run(target, 50, 1.0, parts=2, between=lambda: calls.append(1))
-    assert len(calls) == 2 and len(seen) > 20 and seen.is_ok.all()
-    _, met = measure.metered(target, 50, 0.5, seed=8)
+    seen, met = measure.metered(target, 50, 1.0, parts=2, seed=8, between=lambda: calls.append(1))
+    assert len(calls) == 2 and len(seen) == met.requests > 20 and seen.is_ok.all()
     assert 0 < met.cpu_s < 0.1
-    assert met.requests > 10
+
+
+def test_a_part_from_which_a_hypervisor_took_the_cores_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part never gets calm: the calmest counts. CPU is that of the runs that count."""
+    shares, cpu_s = iter((0.03, 0.004, 0.05, 0.02, 0.04, 0.03)), iter((0, 8, 8, 10, 10, 19, 19, 23, 23, 32, 32, 41))
+    sent = []
+
+    def attack(what: Attack) -> Observed:
+        sent.append(what.due_s)
+        n = len(what.due_s)
+        share = next(shares)
+        return observed(n, stolen_s=share * 10.0 * (os.cpu_count() or 1), due_s=what.due_s, latency_s=np.full(n, share))
+
+    monkeypatch.setattr(measure, "attack", attack)
+    target = SimpleNamespace(server=SimpleNamespace(port=1), bodies=[b"{}"], spent=lambda: Spent(0.0, next(cpu_s)))
+    seen, met = measure.metered(target, 50, 2.0, parts=2, seed=3)  # type: ignore[arg-type]
+    assert [float(due[0]) == float(sent[0][0]) for due in sent] == [True, True, False, False, False, False]
+    assert len(sent) == 2 + measure.TRIES
+    assert sorted(set(seen.latency_s.tolist())) == [0.004, 0.02]
+    assert met.stolen == pytest.approx(0.012)
+    assert met.cpu_s == pytest.approx((2 + 4) / len(seen))
 
 
 def test_who_ended_while_he_was_metered_is_named(server: Server) -> None:

@@ -72,6 +72,9 @@ def test_a_calibration_that_its_own_runs_contradict_is_doubted() -> None:
     assert "off by 157%" in str(replace(good, error=1.57).doubt)
     assert "nan" in str(replace(good, error=math.nan).doubt)
     assert "only 1" in str(replace(good, n_fitted=1).doubt)
+    taken = [replace(run, stolen=share) for share in (0.0, 0.07, 0.3)]
+    assert "a hypervisor took 7.0%" in str(replace(good, loaded=tuple(taken)).doubt)
+    assert replace(good, loaded=(replace(run, stolen=0.04),) * 3).doubt is None
     assert "2.0 times as far" in str(replace(good, stretch=2.0).doubt)
     bad = replace(good, error=1.57)
     said = list(plan_lines(bad, QUESTION, plan(bad, QUESTION), 1e9))
