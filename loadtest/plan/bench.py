@@ -24,8 +24,9 @@ import numpy as np
 
 from loadtest import launch, search
 from loadtest.lab.bodies import for_bundle
+from loadtest.observed import Floats
 from loadtest.plan import bundles, calibration, measure
-from loadtest.plan.again import Again, Briefly, simulated_s
+from loadtest.plan.again import Again, Briefly
 from loadtest.plan.calibration import Calibration, CalibrationError, Configuration, check_is_of
 from loadtest.plan.planning import highest_rate
 from loadtest.plan.recipe import Model, model
@@ -42,6 +43,7 @@ LEAST_ANSWERED, LEAST_COVERAGE = 0.999, 0.99
 REQUESTS, PART_S, STEP_S = 10_000, 6.0, 8.0  # at a share, in all its runs; of their parts; of a step of the search
 # Of the highest rate, and at each share of it; medians count: single searches are a fifth off, single runs met a stall.
 SEARCHES = RUNS = 3
+SIMULATED = 3  # times what was sent, for the simulation's own noise
 LATE_MS = 5.0  # 99th percentile of the generator's own lateness that a table has to tell
 RECOVERY_S = 30.0
 
@@ -152,8 +154,12 @@ def _calibrated(
         check_is_of(found, parsed.bundle)
         return found
     narrow = bundles.at_widths(parsed.bundle, folder, *BASE[:2])
-    briefly = Briefly(pause_s=0.0 if parsed.quick else PART_S)
-    made = measure.calibrate(narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly)
+    with measure.serve(narrow, Configuration(*BASE, measure.UNHURRIED_S)) as another:
+        other, seconds = measure.aim(another, bodies), 0.5 if parsed.quick else PART_S
+        briefly = Briefly(others=lambda rate: measure.metered(other, rate, seconds))
+        made = measure.calibrate(
+            narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly
+        )
     if made.loaded:
         made = replace(made, briefly=briefly.over(made))
     calibration.write(made, KEPT)
@@ -168,7 +174,7 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
     """Fill the row. Raises RuntimeError when the service can't be measured."""
 
     def predicts(slower: float) -> Model:
-        return model(again.now(), row.configuration, scale=slower, has_client=True)
+        return model(again.calibrated, row.configuration, scale=slower, has_client=True)
 
     with measure.serve(bundle, row.configuration) as server:
         target = measure.aim(server, again.bodies)
@@ -194,7 +200,7 @@ def _measure(row: Row, bundle: Path, again: Again, *, is_quick: bool, say: Calla
         row.rate, row.slower = float(np.median(found[1:])), again.slower()
         predicted = predicts(row.slower)
         row.predicted_rate = highest_rate(predicted, REQUESTS, step_s, search.TRIES)
-        met = f"for a machine that is {row.slower:.2f} x as slow, with p99s {predicted.stretch:.2f} x as far"
+        met = f"for a machine that is {row.slower:.2f} x as slow"
         say(f"  highest rate {row.rate:.0f}/s, predicted {row.predicted_rate:.0f} {met}")
         met = defaultdict[float, list[tuple[float, float]]](list)
         for number in range(1 if is_quick else RUNS):
@@ -237,7 +243,7 @@ def _at(
     p99 = "p99 {:.1f}, predicted {:.1f} ms".format(*(1e3 * s for s in p99_s))
     cpu = f"CPU {one.cpu_s * 1e3:.2f}, predicted {predicted.cpu_s(rate) * 1e3:.2f} ms"
     late = f"sent late by {late_ms:.2f} ms, a hypervisor took {one.stolen:.1%}"
-    machine = f"{slower:.2f} x as slow, p99s {predicted.stretch:.2f} x as far"
+    machine = f"{slower:.2f} x as slow"
     say(f"  {share:.0%}, {rate:.0f}/s, {len(seen):,} requests: {p50}; {p99}; {cpu}; {late}; {machine}")
     if p99_s[1] >= predicted.narrows_at_s:
         row.notes.append(f"p99 at {share:.0%} predicted to be held by narrowing")
@@ -250,6 +256,16 @@ def _at(
     return p99_s
 
 
+def simulated_s(model: Model, due_s: Floats, rate: float) -> Floats:
+    """Latencies of a run's own arrivals, several times over: chance in who comes when isn't the machine's.
+
+    due_s: f64[n]; where it falls a part of the run begins, on a service with nothing to do.
+    """
+    parts = np.split(due_s, np.flatnonzero(np.diff(due_s) < 0) + 1)
+    seeds = range(SIMULATED)
+    return np.concatenate([model.of(part, rate, seed).latency_s for part in parts for seed in seeds])
+
+
 def settle(server: launch.Server) -> None:
     """Wait until the service runs at full quality."""
     launch.wait_for(lambda: server.metric("winnow_quality") >= 1, RECOVERY_S, "full quality")
@@ -260,7 +276,7 @@ def table(rows: Sequence[Row], calibrated: Calibration) -> str:
     shares = " | ".join(f"p99 at {share:.0%}, ms" for share in SHARES)
     lines = [
         f"Calibrated {calibrated.date} with {calibrated.base}: {of_load(calibrated)}. "
-        "Each cell: measured / predicted for the speed and the stalls met, medians.",
+        "Each cell: measured / predicted for the speed met, medians.",
         "",
         f"| configuration | machine's speed met | highest rate, a second | {shares} | notes |",
         f"|---|---|---|{'---|' * len(SHARES)}---|",

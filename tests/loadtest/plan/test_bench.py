@@ -5,14 +5,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.arrivals import poisson
 from loadtest.plan import again as again_module
 from loadtest.plan import bench, bundles
 from loadtest.plan.bench import BASE, OTHERS, SHARES, Row, table
@@ -71,13 +69,12 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
     known, asked = calibration(loaded=[replace(plain, rate=rate) for rate in (50, 100, 150)], warmth=(1.2, -0.4)), []
     slower = iter((1.3, 1.1, 0.9, 2.0))
 
-    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[SimpleNamespace, Loaded]:
+    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[None, Loaded]:
         asked.append((rate, seed))
         scale, cpu_s = next(slower), 0.0
         for _ in range(50):  # what is slower keeps the cores busier, and so warmer
             cpu_s = scale * 4.28 * MS * (1.2 - 0.4 * 100 * (cpu_s + 0.4 * MS) / 2)
-        seen = SimpleNamespace(due_s=np.arange(400) / 100, latency_s=np.full(400, 0.01), is_ok=np.arange(400) > 0)
-        return seen, replace(plain, cpu_s=cpu_s)
+        return None, replace(plain, cpu_s=cpu_s)
 
     monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
@@ -86,67 +83,39 @@ def test_a_machine_is_as_slow_as_what_the_calibrated_configuration_takes_again(m
         again()
     assert asked == [(100, 1), (100, 2), (100, 3)]
     assert again.slower() == pytest.approx(1.1)
-    assert len(again.latency_s) == 3 * 399
     again()
     assert again.slower() == pytest.approx(2.0)
     with pytest.raises(RuntimeError, match="could not be asked again"):
         again.slower()
 
 
-def test_a_tail_is_told_over_machines_as_slow_as_each_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.4 times as far over the median as simulated, in quick minutes and in slow ones: it is 1.4 in all."""
-    plain = Loaded(200, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)
-    known = calibration(loaded=[plain])
-    scales = iter((0.8, 1.4, 0.9, 1.5, 1.0, 1.4, 0.8, 0.8))
-
-    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[SimpleNamespace, Loaded]:
-        scale = next(scales)
-        here = model(known, known.base, scale=scale, has_client=True)
-        due_s = poisson(rate, seconds, seed)
-        plain_s = here.of(due_s, rate, 1_000 + seed).latency_s
-        far = plain_s + 0.4 * np.maximum(plain_s - np.median(plain_s), 0.0)
-        return SimpleNamespace(due_s=due_s, latency_s=far, is_ok=far > 0), replace(plain, cpu_s=scale * plain.cpu_s)
-
-    monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
-    monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
-    again = again_module.Again(None, [], known)  # type: ignore[arg-type]
-    assert again.now() == known
-    for _ in range(7):
-        again.ask()
-    assert again.now().stretch == pytest.approx(1.4, abs=0.1)
-    again.ask()
-    assert again.now().stretch == pytest.approx(1.4, abs=0.1)
-
-
 def test_a_run_s_own_arrivals_are_simulated_and_each_part_begins_with_nothing_to_do() -> None:
     """Two workers, two at once: nobody waits for a worker. Four in a row at once: half of them do, but not in parts."""
     known = model(CALIBRATION, CALIBRATION.base)
     apart, at_once = np.array([0.0, 0.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0, 0.0])
-    together = again_module.simulated_s(known, apart, 1.0)
-    parts = again_module.simulated_s(known, at_once, 1.0)
-    assert len(together) == len(parts) == 4 * again_module.SIMULATED
+    together = bench.simulated_s(known, apart, 1.0)
+    parts = bench.simulated_s(known, at_once, 1.0)
+    assert len(together) == len(parts) == 4 * bench.SIMULATED
     assert parts.max() < 0.7 * together.max()
 
 
 def test_how_slow_a_machine_is_is_told_over_what_is_usual_for_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     known = calibration(loaded=[Loaded(100, 100, 0.01, 0.02, 1.0, 0.4 * MS, 4.28 * MS, 14.0)])
-    cpu_s, paused, rates = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), [], []
+    cpu_s, others, rates = iter(np.array([1.3, 1.1, 1.2, 1.8]) * 4.28 * MS), [], []
 
-    def metered(target: object, rate: float, *given: object, **named: object) -> tuple[SimpleNamespace, Loaded]:
+    def metered(target: object, rate: float, *given: object, **named: object) -> tuple[None, Loaded]:
         rates.append(rate)
-        seen = SimpleNamespace(due_s=np.arange(9) / 100, latency_s=np.full(9, 0.01), is_ok=np.ones(9, bool))
-        return seen, replace(known.loaded[0], cpu_s=next(cpu_s))
+        return None, replace(known.loaded[0], cpu_s=next(cpu_s))
 
     monkeypatch.setattr(again_module.measure, "metered", _asked(metered))
     monkeypatch.setattr(again_module.measure, "aim", lambda *given: None)
-    monkeypatch.setattr(again_module.time, "sleep", paused.append)
-    briefly = again_module.Briefly(pause_s=6.0)
+    briefly = again_module.Briefly(others=others.append)
     for rate in (50, 100, 150):
         briefly(None, rate)  # type: ignore[arg-type]
     usual = briefly.over(known)
-    assert (usual, paused, rates) == (pytest.approx(1.2), [6.0] * 3, [50, 100, 150])
+    assert (usual, others, rates) == (pytest.approx(1.2), [50, 100, 150], [50, 100, 150])
     with pytest.raises(CalibrationError, match="could not be asked"):
-        again_module.Briefly(pause_s=6.0).over(known)
+        again_module.Briefly(others=others.append).over(known)
     again = again_module.Again(None, [], replace(known, briefly=usual))  # type: ignore[arg-type]
     again.ask()
     assert again.slower() == pytest.approx(1.5)
