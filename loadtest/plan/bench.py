@@ -158,7 +158,14 @@ def _calibrated(
         other, seconds = measure.aim(another, bodies), 0.5 if parsed.quick else PART_S
         briefly = Briefly(others=lambda rate: measure.metered(other, rate, seconds))
         made = measure.calibrate(
-            narrow, bodies, BASE[2], say, source=parsed.bundle, is_quick=parsed.quick, after=briefly
+            narrow,
+            bodies,
+            BASE[2],
+            say,
+            source=parsed.bundle,
+            narrower=bundles.at_half(narrow, folder),
+            is_quick=parsed.quick,
+            after=briefly,
         )
     if made.loaded:
         made = replace(made, briefly=briefly.over(made))

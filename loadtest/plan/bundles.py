@@ -42,6 +42,13 @@ def at_widths(bundle: Path, folder: Path, retrieve: int, rerank: int) -> Path:
     return out
 
 
+def at_half(bundle: Path, folder: Path) -> Path:
+    """The bundle at half of its widths, k at least."""
+    funnel = manifest_of(bundle)["funnel"]
+    retrieve, rerank = (max(funnel["k"], funnel[width] // 2) for width in ("retrieve", "rerank"))
+    return at_widths(bundle, folder, retrieve, rerank)
+
+
 def world(folder: Path, items: int, hidden: tuple[int, ...], d: int) -> Path:
     """A made-up bundle of so many items, with a re-ranker of these layers; its requests are beside it."""
     out = folder / f"{items}-{hidden[0]}-{d}"

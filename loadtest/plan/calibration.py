@@ -13,7 +13,7 @@ from typing import Any
 from loadtest.plan.bundles import contents_of, manifest_of
 from loadtest.plan.costs import Exponent, Line
 
-FORMAT = 12
+FORMAT = 13
 MOST_ERROR, LEAST_RUNS = 0.4, 2  # of the simulation, on runs under load: beyond, something else used the machine
 MOST_STOLEN = 0.05  # of the cores' time by a hypervisor, in the median run under load
 MOST_STRETCH = 2.0  # or its inverse: beyond it a p99 is made by what the simulation doesn't know

@@ -107,7 +107,8 @@ def _calibration(parser: argparse.ArgumentParser, parsed: argparse.Namespace) ->
         with bundles.folder_beside(bundle) as folder:
             retrieve, rerank = (max(full["k"], full[width] // NARROW) for width in ("retrieve", "rerank"))
             narrow = bundles.at_widths(bundle, folder, retrieve, rerank)
-            known = measure.calibrate(narrow, asked, workers, say, source=bundle, is_quick=parsed.quick)
+            half = bundles.at_half(narrow, folder)
+            known = measure.calibrate(narrow, asked, workers, say, source=bundle, narrower=half, is_quick=parsed.quick)
     else:
         known = calibration.read(parsed.calibration)
         check_is_of(known, parsed.bundle or Path(known.path))

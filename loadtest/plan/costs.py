@@ -20,13 +20,24 @@ T_95_MANY = 1.645
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """seconds(n) = fixed + each · n; neither is negative."""
+    """seconds(n) = fixed + each · n; neither is negative. Where there are points, it goes through them instead.
+
+    points: (n, seconds), n rising; between them seconds are interpolated, beyond them they go on by `each`.
+    """
 
     fixed: float
     each: float
+    points: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, n: float) -> float:
-        return self.fixed + self.each * n
+        if not self.points:
+            return self.fixed + self.each * n
+        near = min(max(n, self.points[0][0]), self.points[-1][0])
+        return max(0.0, float(np.interp(near, *zip(*self.points, strict=True))) + self.each * (n - near))
+
+    def times(self, factor: float) -> "Line":
+        points = tuple((n, factor * seconds) for n, seconds in self.points)
+        return Line(factor * self.fixed, factor * self.each, points)
 
 
 def line(points: Sequence[tuple[float, float]]) -> Line:

@@ -4,7 +4,7 @@ Each was taken its whole way by one worker: nothing here says what sharing one c
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,12 +22,14 @@ NICE_WEIGHT = 1.25  # the scheduler's: a step of niceness is a fifth less
 class Single:
     """Requests sent one at a time at one width of re-ranking.
 
-    took: seconds by stage, f64[n, 7], in the order of COLUMNS. spent: a request.
+    took: seconds by stage, f64[n, 7], in the order of COLUMNS. spent: a request. retrieve: at least so many were found,
+    0 for the base's width.
     """
 
     rerank: int
     took: Floats
     spent: Spent
+    retrieve: int = 0
 
 
 def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configuration, nice: int) -> Demand:
@@ -36,10 +38,11 @@ def demand_of(runs: Sequence[Single], base_runs: Sequence[Single], base: Configu
     every = [*runs, *base_runs]
 
     def found(run: Single) -> int:
-        return max(base.retrieve, run.rerank)
+        return max(run.retrieve or base.retrieve, run.rerank)
 
     def by_width(stage: str, width: Callable[[Single], int]) -> Line:
-        return line(_medians((width(run), float(run.took[:, at[stage]].mean())) for run in every))
+        points = _medians((width(run), float(run.took[:, at[stage]].mean())) for run in every)
+        return replace(line(points), points=tuple(points))
 
     retrieval, preranking = by_width("retrieval", found), by_width("preranking", found)
     shard = by_width("reranking", lambda run: run.rerank)

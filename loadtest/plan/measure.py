@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,11 +53,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running service and the requests to ask it. pids: of its workers."""
+    """A running service and the requests to ask it. pids: of its workers. retrieve: its width, 0 for the base's."""
 
     server: Server
     bodies: Sequence[bytes]
     pids: tuple[int, ...]
+    retrieve: int = 0
 
     def with_fields(self, **sent: Any) -> list[bytes]:
         return [json.dumps(json.loads(body) | sent).encode() for body in self.bodies]
@@ -82,11 +83,13 @@ def calibrate(
     say: Say,
     *,
     source: Path | None = None,
+    narrower: Path | None = None,
     is_quick: bool = False,
     after: After = lambda *_: None,
 ) -> Calibration:
     """Serve the bundle and measure it with these requests; `source` is what it was narrowed from.
 
+    narrower: the same at less than its widths, for single requests, which no request can ask for.
     after: called with the service and the rate of each run under load that it held.
     Raises RuntimeError when it can't be measured.
     """
@@ -98,7 +101,8 @@ def calibrate(
         target = aim(server, asked)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
-        demand, speeds = _demand(target, base, short, say)
+        with _narrower(narrower, asked, base) as narrow:
+            demand, speeds = _demand(target, narrow, base, short, say)
         memory = read_memory(server, bundle)
         loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say, after)
     if loaded:
@@ -152,7 +156,7 @@ def single(target: Target, rerank: int, n: int) -> Single:
     if 2 * len(whole) < n:
         raise RuntimeError(f"{n - len(whole)} of {n} answers were degraded without load")
     took = [[answer["took_ms"].get(name, 0.0) / 1e3 for name in COLUMNS] for answer in whole]
-    return Single(rerank, np.asarray(took), used)
+    return Single(rerank, np.asarray(took), used, target.retrieve)
 
 
 def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
@@ -165,18 +169,36 @@ def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
     return said
 
 
+@contextlib.contextmanager
+def _narrower(bundle: Path | None, asked: Sequence[bytes], base: Configuration) -> Iterator[Target | None]:
+    """The service at less than the base's widths, warm; None for no bundle."""
+    if not bundle:
+        yield None
+        return
+    funnel = bundles.manifest_of(bundle)["funnel"]
+    with serve(bundle, replace(base, retrieve=funnel["retrieve"], rerank=funnel["rerank"])) as server:
+        target = replace(aim(server, asked), retrieve=funnel["retrieve"])
+        single(target, funnel["rerank"], 50)
+        yield target
+
+
 def widths(base: Configuration) -> list[int]:
     """Re-ranking widths to measure: from half of the base's up to four times what retrieval finds."""
     several = [times * base.rerank // 2 for times in (1, 2, 4)] + [times * base.retrieve for times in (1, 2, 4)]
     return sorted({min(width, WIDEST) for width in several})
 
 
-def _demand(target: Target, base: Configuration, short: int, say: Say) -> tuple[Demand, tuple[float, ...]]:
+def _demand(
+    target: Target, narrow: Target | None, base: Configuration, short: int, say: Say
+) -> tuple[Demand, tuple[float, ...]]:
     """What a request takes whom, by width; and how slow each part was, over the median."""
-    say(f"widths {', '.join(map(str, widths(base)))}")
+    asked = [(target, width) for width in widths(base)]
+    if narrow:
+        asked = [*((narrow, max(1, base.rerank // by)) for by in (4, 2)), *asked]
+    say("widths " + ", ".join(f"{max(of.retrieve or base.retrieve, width)} -> {width}" for of, width in asked))
     rounds, alike = list[list[Single]](), list[Single]()
     for _ in range(max(2, ROUNDS // short)):
-        rounds.append([single(target, width, A_ROUND) for width in widths(base)])
+        rounds.append([single(of, width, A_ROUND) for of, width in asked])
         alike.append(single(target, base.rerank, SINGLE // ROUNDS // short))
     demand = demand_of([run for one in rounds for run in one], alike, base, niceness(target.server))
     return demand, (*_slower(rounds), *_slower([[run] for run in alike]))

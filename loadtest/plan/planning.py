@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from loadtest.plan.calibration import Calibration, Configuration
-from loadtest.plan.costs import Exponent, Line
+from loadtest.plan.costs import Exponent
 from loadtest.plan.recipe import Model, model
 
 REQUESTS = 4_000  # simulated for a yes or no
@@ -109,8 +109,7 @@ def variants(calibration: Calibration, question: Question) -> tuple[Model, Model
     made = []
     for scale, growth in zip(scales, growths, strict=True):
         found = calibration.demand.retrieval
-        grown = Line(found.fixed * growth, found.each * growth)
-        other = replace(calibration, demand=replace(calibration.demand, retrieval=grown))
+        other = replace(calibration, demand=replace(calibration.demand, retrieval=found.times(growth)))
         made.append(model(other, chosen, scale=scale, cores=question.cores))
     return made[0], made[1], made[2]
 

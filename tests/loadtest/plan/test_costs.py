@@ -21,6 +21,16 @@ def test_one_width_costs_in_proportion() -> None:
     assert line([(100, 0.5), (100, 0.7)]) == Line(0.0, pytest.approx(0.006))
 
 
+def test_a_line_with_points_goes_through_them_and_on_by_its_slope() -> None:
+    bent = Line(1.0, 0.01, ((100, 1.0), (200, 1.5), (400, 3.5)))
+    assert [bent(n) for n in (100, 150, 300, 400)] == pytest.approx([1.0, 1.25, 2.5, 3.5])
+    assert [bent(n) for n in (500, 50, 0)] == pytest.approx([4.5, 0.5, 0.0])
+    assert Line(1.0, 0.01, ((100, 0.2),))(50) == 0.0
+    grown = bent.times(2)
+    assert (grown(150), grown(500)) == (pytest.approx(2.5), pytest.approx(9.0))
+    assert Line(1.0, 0.01).times(2)(100) == pytest.approx(4.0)
+
+
 def test_planted_exponents_are_inside_their_intervals() -> None:
     rng = np.random.default_rng(3)
     n, width = np.repeat([1e5, 3e5, 1e6, 3e6], 4), np.tile([100.0, 400, 1_600, 6_400], 4)

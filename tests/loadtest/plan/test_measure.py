@@ -15,7 +15,7 @@ from loadtest.observed import Observed
 from loadtest.open_loop import Attack
 from loadtest.plan import measure
 from loadtest.plan.calibration import CalibrationError, Configuration, Loaded, read, write
-from loadtest.plan.costs import Exponent
+from loadtest.plan.costs import Exponent, Line
 from loadtest.plan.demand import COLUMNS, Single, demand_of
 from loadtest.plan.metering import Spent, niceness, read_memory, spent
 from tests.loadtest.lab.made import observed
@@ -43,6 +43,18 @@ def test_planted_costs_are_found() -> None:
     assert np.asarray(found.shapes) == pytest.approx(1.0)
 
 
+def test_a_stage_that_bends_costs_what_was_met_at_each_width_and_at_less_than_the_base_retrieves() -> None:
+    """A narrower service finds half for two thirds of the time: not what a line over the others would say."""
+    runs = [single(width) for width in measure.widths(BASE)]
+    at = COLUMNS.index("retrieval")
+    half = replace(single(BASE.rerank // 2), retrieve=BASE.retrieve // 2)
+    half.took[:, at] = DEMAND.retrieval(BASE.retrieve) / 1.5
+    found = demand_of([*runs, half], [single(BASE.rerank)], BASE, nice=10)
+    assert found.retrieval(BASE.retrieve // 2) == pytest.approx(DEMAND.retrieval(BASE.retrieve) / 1.5)
+    assert found.retrieval(BASE.retrieve) == pytest.approx(DEMAND.retrieval(BASE.retrieve))
+    assert found.retrieval(2 * BASE.retrieve) == pytest.approx(DEMAND.retrieval(2 * BASE.retrieve))
+
+
 def test_widths_are_the_base_s_and_those_that_widen_retrieval() -> None:
     assert measure.widths(BASE) == [64, 128, 256, 500, 1_000, 2_000]
 
@@ -52,6 +64,9 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     kept = calibration(exponents=exponents, error=0.1)
     write(kept, tmp_path / "deep/c.json")
     assert read(tmp_path / "deep/c.json") == kept
+    bent = replace(kept, demand=replace(kept.demand, retrieval=Line(1e-3, 1e-6, ((250.0, 1e-3), (500.0, 2e-3)))))
+    write(bent, tmp_path / "c.json")
+    assert read(tmp_path / "c.json") == bent
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 2}', "[]"])
