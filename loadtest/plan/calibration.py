@@ -41,7 +41,8 @@ class Configuration:
 class Loaded:
     """A run under load. client_s, cpu_s: CPU of the load generator and of the service, a request.
 
-    stolen: what a hypervisor took of the cores, a share.
+    stolen: what a hypervisor took of the cores, a share. lone_s: CPU a request at this rate with one worker, right
+    after; 0 where that wasn't asked.
     """
 
     rate: float
@@ -53,6 +54,7 @@ class Loaded:
     cpu_s: float
     seconds: float
     stolen: float = 0.0
+    lone_s: float = 0.0
 
     @property
     def work(self) -> float:
@@ -95,9 +97,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One calibration. warmth, busiest, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
+    """One calibration. warmth, busiest, lone, wake_s, beyond_s, stretch: of the machine, fitted on `loaded` (fit.py).
 
-    busiest: share of the cores' time up to which `warmth` was met.
+    busiest: share of the cores' time up to which `warmth` was met. lone: what a request takes one worker, which has a
+    core for itself, of what it takes the base's.
     briefly: what the base takes over the line of its CPU where it is asked for seconds, between others (again.py); None
     where nobody asked: only the bench does.
     error: what the fit left. n_fitted: how many of these told of waits. speeds: what requests took the service in each
@@ -123,6 +126,7 @@ class Calibration:
     memory: Memory
     warmth: tuple[float, float] = (1.0, 0.0)
     busiest: float = 1.0
+    lone: float = 1.0
     wake_s: float = 0.0
     beyond_s: float = 0.0
     stretch: float = 1.0

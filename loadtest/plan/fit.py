@@ -1,10 +1,14 @@
-"""The numbers of a machine that show only under load: `warmth`, `busiest`, `wake_s`, `beyond_s`, `stretch`. Pure.
+"""The numbers of a machine that show only under load: warmth, busiest, lone, wake_s, beyond_s, stretch. Pure.
 
 What a request takes is metered one request at a time. Under load its CPU is another: on cores that idle in between
 caches are cold, on busy ones they are warm, but neighbours are in the way. `warmth` is a line through the CPU a request
 that was metered in the loaded runs, over what the demand says, by how busy the cores were. It ends at the busiest of
 them: gone on with, it said .66 for cores without a pause where .95 had been met at 55 %, and three highest rates were
 14 to 30 % too high (2026-11-28).
+
+`lone` is the median of what a request took one worker, over what it took the base's at the same rate: .93 and .94 on
+two cores, where two, three, four and six workers took within 4 % of each other (2026-11-28). One has a core for itself,
+and finds its caches as it left them.
 
 The medians of those runs that leave the cores some time say two things more. `beyond_s` is what every latency holds
 that nobody meters: the kernel's way from the generator and back, cores that wake up. `wake_s` is how long who wakes
@@ -25,6 +29,7 @@ from loadtest.plan.recipe import model
 WARMTH = (0.5, 2.0)  # of the demand, on idle and on busy cores
 WAKE_S = (0.0, 1e-2)  # up to a few of the scheduler's turns
 GRID, ROUNDS, ALIKE = 7, 2, 0.004  # beyond half a millisecond medians hardly move: a longer wait must show
+LONE = (0.7, 1.2)
 SPREAD = 0.25  # of the cores: runs less different say what the CPU is, but not how it changes
 LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
 MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures
@@ -40,7 +45,9 @@ def fit(calibration: Calibration) -> Calibration:
     if not runs:
         return calibration
     busiest = min(1.0, max(run.work for run in runs) / calibration.cores)
-    warm = replace(calibration, warmth=warmth(calibration, runs), busiest=busiest)
+    alone = [run.lone_s / run.cpu_s for run in runs if run.lone_s]
+    lone = float(np.clip(np.median(alone), *LONE)) if alone else 1.0
+    warm = replace(calibration, warmth=warmth(calibration, runs), busiest=busiest, lone=lone)
     runs = [run for run in runs if run.work <= EASY * calibration.cores] or runs[:1]
     wake_s, beyond_s = waits(warm, runs)
     fitted = replace(warm, wake_s=wake_s, beyond_s=beyond_s)

@@ -1,11 +1,12 @@
-"""Two minutes with the real service, from outside: HTTP, its answers' `took_ms`, and /proc for whose CPU it took.
+"""Some minutes with the real service, from outside: HTTP, its answers' `took_ms`, and /proc for whose CPU it took.
 
     one request at a time, at several widths, in rounds       ─▶ who spends what by width; the shapes of single requests
     open-loop load at rising rates, and down again            ─▶ what load does (fit.py)
     smaps                                                     ─▶ memory
 
 Widths vary by the request's `rerank_count`, which widens retrieval too where it exceeds it; so the bundle is served at
-narrow widths, and one service shows them all. Widths take turns, and the many single requests at the base's beside
+narrow widths, and one service shows all that are wider. A second one at half of them shows what is narrower, and under
+load a third what a request takes one worker alone. Widths take turns, and the many single requests at the base's beside
 them, so that a minute in which the machine is slow is slow for all. No piece of work beside the service tells how fast
 that is: such a probe moved by a third while what a request took the service stayed within a twelfth of its median
 (2026-11-27, W1, 24 runs of 8 s), so it is the service's own CPU that tells. It is over 250 lines because single
@@ -45,6 +46,7 @@ ROUNDS, A_ROUND = 8, 12  # of every width, and requests of it in each
 SINGLE = 1_500  # requests at the base widths: their shapes
 LOAD, GROWTH, LOADS = 0.2, 1.3, 5  # of what cores can do, at first; by which it rises or falls; rates
 LOAD_S = 8.5  # seconds of a run
+LONE_S, LONE_BUSY = (1.0, 4.0), 0.75  # of one worker's, the first to get warm; of its time, up to which it is asked
 CALM, TRIES = 0.01, 4  # of the cores' time a hypervisor may take from a run, or it is taken again; how often at most
 WIDEST = 10_000  # that a request may ask for
 NO_LOG = Path(os.devnull)
@@ -104,7 +106,8 @@ def calibrate(
         with _narrower(narrower, asked, base) as narrow:
             demand, speeds = _demand(target, narrow, base, short, say)
         memory = read_memory(server, bundle)
-        loaded = _loads(target, base, demand, LOAD_S / (4 if is_quick else 1), say, after)
+        with _one_worker(bundle, asked, base) as lone:
+            loaded = _loads(target, lone, base, demand, LOAD_S / (4 if is_quick else 1), say, after)
     if loaded:
         demand = replace(demand, client_s=float(np.median([run.client_s for run in loaded])))
     calibration = Calibration(
@@ -182,6 +185,18 @@ def _narrower(bundle: Path | None, asked: Sequence[bytes], base: Configuration) 
         yield target
 
 
+@contextlib.contextmanager
+def _one_worker(bundle: Path, asked: Sequence[bytes], base: Configuration) -> Iterator[Target | None]:
+    """The base with one worker, warm; None where it has no more itself."""
+    if base.workers == 1:
+        yield None
+        return
+    with serve(bundle, replace(base, workers=1)) as server:
+        target = aim(server, asked)
+        single(target, base.rerank, 50)
+        yield target
+
+
 def widths(base: Configuration) -> list[int]:
     """Re-ranking widths to measure: from half of the base's up to four times what retrieval finds."""
     several = [times * base.rerank // 2 for times in (1, 2, 4)] + [times * base.retrieve for times in (1, 2, 4)]
@@ -213,9 +228,12 @@ def _slower(parts: Sequence[Sequence[Single]]) -> list[float]:
 # ------------------------------------------------------------------------------------------- under load
 
 
-def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, say: Say, after: After) -> list[Loaded]:
+def _loads(
+    target: Target, lone: Target | None, base: Configuration, demand: Demand, seconds: float, say: Say, after: After
+) -> list[Loaded]:
     """Runs at rising rates, up to the first that the cores can't hold; at falling ones while they hold none.
 
+    lone: the base with one worker, which is asked the same for a moment where it can hold it.
     Then the same rates once more, the other way round: a machine that gets faster in that minute must not look like one
     that likes load.
     """
@@ -223,16 +241,18 @@ def _loads(target: Target, base: Configuration, demand: Demand, seconds: float, 
     rate, runs = LOAD * (os.cpu_count() or 1) / sum(means.values()), list[Loaded]()
     metered(target, rate, seconds, seed=2 * LOADS)  # nobody's first load counts either
     for number in range(LOADS):
-        runs += _held(target, rate, seconds, number, say, after)
+        runs += _held(target, lone, rate, seconds, number, say, after)
         if runs and runs[-1].rate != rate:
             break
         rate = rate * GROWTH if runs else rate / GROWTH**2
     for number, rate in enumerate([one.rate for one in reversed(runs)], LOADS):
-        runs += _held(target, rate, seconds, number, say, after)
+        runs += _held(target, lone, rate, seconds, number, say, after)
     return runs
 
 
-def _held(target: Target, rate: float, seconds: float, seed: int, say: Say, after: After) -> list[Loaded]:
+def _held(
+    target: Target, lone: Target | None, rate: float, seconds: float, seed: int, say: Say, after: After
+) -> list[Loaded]:
     """The run, if the cores held it."""
     _, one = metered(target, rate, seconds, seed=seed)
     met = f"p50 {one.p50_s * 1e3:.1f} ms, p99 {one.p99_s * 1e3:.1f} ms, coverage {one.coverage:.3f}"
@@ -240,6 +260,11 @@ def _held(target: Target, rate: float, seconds: float, seed: int, say: Say, afte
     if not fit.is_usable(one):
         return []
     after(target, rate)
+    if lone and rate * one.cpu_s <= LONE_BUSY:
+        metered(lone, rate, LONE_S[0], seed=seed)
+        _, by_one = metered(lone, rate, LONE_S[1], seed=seed)
+        one = replace(one, lone_s=by_one.cpu_s)
+        say(f"{rate:.0f} a second: CPU {by_one.cpu_s * 1e3:.2f} ms with one worker")
     return [one]
 
 

@@ -40,7 +40,8 @@ class Model:
     base: what the demand's shapes were measured in. scale: seconds over those of the calibration. warmth:
     what the service's CPU for a request is of the demand where cores are idle, and what is added to that where all are
     busy: less than nothing if caches stay warm. busiest: up to where that was met, a share of the cores' time; beyond,
-    it is as there. warm: what it is here. beyond_s: in every latency, by nobody here.
+    it is as there. lone: what it is with one worker, of what it is with the base's or as many as there are cores;
+    between, in proportion. warm: what it is here. beyond_s: in every latency, by nobody here.
     stretch: of what latencies are over their median. The client's was metered under load.
     """
 
@@ -52,6 +53,7 @@ class Model:
     scale: float = 1.0
     warmth: tuple[float, float] = (1.0, 0.0)
     busiest: float = 1.0
+    lone: float = 1.0
     warm: float = 1.0
     beyond_s: float = 0.0
     stretch: float = 1.0
@@ -178,11 +180,18 @@ class Model:
 
         factor = cold + more · min(busiest, busy),   busy = rate · (factor · demand + client) / cores
         """
-        (cold, more), means = self.warmth, replace(self, warm=1.0).means()
+        (cold, more), means = self._warmth, replace(self, warm=1.0).means()
         client = rate * means.pop("client") / self.machine.cores
         alone = rate * sum(means.values()) / self.machine.cores
         busy = (alone * cold + client) / (1 - alone * more) if alone * more < 1 else 1.0
         return cold + more * min(self.busiest, busy)
+
+    @property
+    def _warmth(self) -> tuple[float, float]:
+        """`warmth` with so many workers."""
+        others, most = self.configuration.workers - 1, max(1, min(self.base.workers, self.machine.cores) - 1)
+        here = self.lone + (1 - self.lone) * min(others, most) / most
+        return here * self.warmth[0], here * self.warmth[1]
 
     @property
     def bound(self) -> float:
@@ -192,7 +201,7 @@ class Model:
         if not self.is_shared(c):
             of_threads, of_workers = 0.0, of_threads + of_workers
         of_cores = sum(means.values()) / self.machine.cores
-        cold, more = self.warmth
+        cold, more = self._warmth
         fastest = 1 / min(cold, cold + more * self.busiest)
         return fastest / max(of_cores, means["loop"], of_threads / self._threads, of_workers / c.workers)
 
@@ -268,6 +277,7 @@ def model(
         scale,
         calibration.warmth,
         calibration.busiest,
+        calibration.lone,
         beyond_s=calibration.beyond_s,
         stretch=calibration.stretch,
     )

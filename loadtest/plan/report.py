@@ -51,6 +51,8 @@ def of_load(calibration: Calibration) -> str:
     (cold, more), busiest = calibration.warmth, calibration.busiest
     hot = f"{cold + more * busiest:.2f} x on cores that are {busiest:.0%} busy"
     takes = f"a request's CPU is {cold:.2f} x that of one at a time on idle cores and {hot}"
+    if calibration.lone != 1.0:
+        takes += f", {calibration.lone:.2f} x that with one worker"
     waits = f"who wakes on busy cores waits about {calibration.wake_s * 1e3:.1f} ms"
     beyond = f"{calibration.beyond_s * 1e3:.1f} ms of every latency are nobody's"
     return f"{takes}, {waits}, {beyond}, over the median latencies are {calibration.stretch:.2f} x the simulated"

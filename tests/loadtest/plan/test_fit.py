@@ -88,6 +88,14 @@ def test_runs_that_are_alike_say_what_the_cpu_is_but_not_how_it_changes() -> Non
     assert found.warmth == (pytest.approx(factor, rel=0.03), 0.0)
 
 
+def test_what_one_worker_takes_is_the_median_of_where_it_was_asked() -> None:
+    plain = [met((1.0, 0.0), 0.0, rate) for rate in (60, 100, 150, 250)]
+    shares = (0.9, 0.95, 0.92, 0.0)  # 0: not asked
+    loaded = tuple(replace(run, lone_s=share * run.cpu_s) for run, share in zip(plain, shares, strict=True))
+    assert fit(calibration(loaded=loaded)).lone == pytest.approx(0.92)
+    assert fit(calibration(loaded=tuple(plain))).lone == 1.0
+
+
 def test_warmth_stays_within_what_a_machine_can_do() -> None:
     steep = tuple(replace(met((1.0, 0.0), 0.0, rate), cpu_s=cpu_s) for rate, cpu_s in ((20, 9 * MS), (300, 2 * MS)))
     found = fit(calibration(loaded=steep))

@@ -152,6 +152,19 @@ def test_what_is_to_be_done_after_a_run_is_done_after_those_that_were_held(monke
 
     monkeypatch.setattr(measure, "metered", metered)
     for rate, n_held in ((50, 1), (65, 0)):
-        held = measure._held("it", rate, 8.5, 0, print, lambda *given: called.append(given))  # type: ignore[arg-type]
+        held = measure._held("it", None, rate, 8.5, 0, print, lambda *given: called.append(given))  # type: ignore[arg-type]
         assert len(held) == n_held
     assert called == [("it", 50)]
+
+
+def test_one_worker_is_asked_the_same_where_it_can_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def metered(target: object, rate: float, seconds: float, *, seed: int) -> tuple[None, Loaded]:
+        asked.append((target, rate))
+        return None, Loaded(rate, 100, 0.01, 0.02, 1.0, 1e-3, 4e-3 if target == "base" else 3e-3, seconds)
+
+    monkeypatch.setattr(measure, "metered", metered)
+    found = [measure._held("base", "one", rate, 8.5, 0, print, lambda *_: None)[0] for rate in (180, 190)]  # type: ignore[arg-type]
+    assert [run.lone_s for run in found] == [3e-3, 0.0]  # 190 a second would keep it busy for .76 of its time
+    assert asked == [("base", 180), ("one", 180), ("one", 180), ("base", 190)]

@@ -152,6 +152,18 @@ def test_beyond_the_busiest_cores_that_were_met_a_request_takes_what_it_took_the
     assert one.bound == pytest.approx(model(CALIBRATION, BASE).bound)
 
 
+def test_one_worker_has_a_core_for_itself_and_two_have_not() -> None:
+    """By hand: the base has two workers on two cores; of three, two are one of two steps from one to all."""
+    one = replace(model(CALIBRATION, BASE), lone=0.9)
+    assert one.factor(50) == 1.0
+    single, many = (replace(one, configuration=replace(BASE, workers=n)) for n in (1, 6))
+    assert (single.factor(50), many.factor(50)) == (pytest.approx(0.9), 1.0)
+    assert single.cpu_s(50) == pytest.approx(0.9 * one.cpu_s(50))
+    assert single.bound == pytest.approx(replace(single, lone=1.0).bound / 0.9)
+    three = replace(one, base=replace(BASE, workers=3), machine=replace(one.machine, cores=4))
+    assert three.factor(50) == pytest.approx(0.95)
+
+
 def test_neighbours_in_the_way_cost_until_all_cores_are_busy() -> None:
     one = replace(model(CALIBRATION, BASE), warmth=(1.0, 0.5))
     assert one.factor(1e6) == pytest.approx(1.5)
