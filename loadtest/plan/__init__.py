@@ -1,6 +1,6 @@
 """`python -m loadtest plan`: how many machines it takes, and what they will do; `capacity` checks it by measurement.
 
-measure.py      two minutes with the real service, from outside ─▶ a calibration
+measure.py      some minutes with the real service, from outside ─▶ a calibration
 metering.py     whose CPU and whose memory it was, from /proc
 demand.py       single requests ─▶ what a request takes whom, by width
 calibration.py  what was measured, as JSON

@@ -1,4 +1,4 @@
-"""What two minutes with the real service said of it and of this machine: kept as JSON, so that plans are instant.
+"""What some minutes with the real service said of it and of this machine: kept as JSON, so that plans are instant.
 
 All seconds are as the machine had them in those minutes. How it is measured is measure.py's, what is made of it
 recipe.py's.

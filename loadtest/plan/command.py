@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "to calibrate with, JSON, one a line; BUNDLE.requests.jsonl, or made up from its users, if absent"
     parser.add_argument("--requests", type=Path, help=what)
     parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="where it is kept")
-    parser.add_argument("--calibrate", action="store_true", help="measure this machine first: two minutes")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine first: three to five minutes")
     parser.add_argument("--complexity", action="store_true", help="fit exponents on worlds of several sizes: minutes")
     parser.add_argument("--quick", action="store_true", help="a short calibration, to see that it works")
     by_hand = parser.add_argument_group("by hand, without a calibration")
