@@ -29,7 +29,7 @@ from loadtest.plan.recipe import model
 WARMTH = (0.5, 2.0)  # of the demand, on idle and on busy cores
 WAKE_S = (0.0, 1e-2)  # up to a few of the scheduler's turns
 GRID, ROUNDS, ALIKE = 7, 2, 0.004  # beyond half a millisecond medians hardly move: a longer wait must show
-LONE = (0.7, 1.2)
+LONE = (0.7, 1.2)  # one worker's CPU for a request over several workers': beyond, something else ran meanwhile
 SPREAD = 0.25  # of the cores: runs less different say what the CPU is, but not how it changes
 LEAST_COVERAGE = 0.98  # of a run: a narrowed funnel is another configuration
 MOST_P99_S = 0.2  # beyond it a queue grew, and a run's length decides its figures

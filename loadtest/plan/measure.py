@@ -96,17 +96,16 @@ def calibrate(
     Raises RuntimeError when it can't be measured.
     """
     manifest = bundles.manifest_of(bundle)
-    funnel, retriever = manifest["funnel"], manifest["retrievers"][0]
-    base = Configuration(funnel["retrieve"], funnel["rerank"], workers, UNHURRIED_S)
+    retriever, base = manifest["retrievers"][0], _configuration(bundle, workers)
     short = 10 if is_quick else 1
     with serve(bundle, base) as server:
         target = aim(server, asked)
         say(f"one request at a time, {base}")
         single(target, base.rerank, 50)  # nobody's first request counts
-        with _narrower(narrower, asked, base) as narrow:
+        with _beside(narrower, asked, workers) as narrow:
             demand, speeds = _demand(target, narrow, base, short, say)
         memory = read_memory(server, bundle)
-        with _one_worker(bundle, asked, base) as lone:
+        with _beside(bundle if workers > 1 else None, asked, 1) as lone:
             loaded = _loads(target, lone, base, demand, LOAD_S / (4 if is_quick else 1), say, after)
     if loaded:
         demand = replace(demand, client_s=float(np.median([run.client_s for run in loaded])))
@@ -173,28 +172,22 @@ def _ask(connection: http.client.HTTPConnection, body: bytes) -> Any:
 
 
 @contextlib.contextmanager
-def _narrower(bundle: Path | None, asked: Sequence[bytes], base: Configuration) -> Iterator[Target | None]:
-    """The service at less than the base's widths, warm; None for no bundle."""
+def _beside(bundle: Path | None, asked: Sequence[bytes], workers: int) -> Iterator[Target | None]:
+    """A second service, warm; None for no bundle."""
     if not bundle:
         yield None
         return
+    configuration = _configuration(bundle, workers)
+    with serve(bundle, configuration) as server:
+        target = replace(aim(server, asked), retrieve=configuration.retrieve)
+        single(target, configuration.rerank, 50)
+        yield target
+
+
+def _configuration(bundle: Path, workers: int) -> Configuration:
+    """The bundle at its own widths, unhurried."""
     funnel = bundles.manifest_of(bundle)["funnel"]
-    with serve(bundle, replace(base, retrieve=funnel["retrieve"], rerank=funnel["rerank"])) as server:
-        target = replace(aim(server, asked), retrieve=funnel["retrieve"])
-        single(target, funnel["rerank"], 50)
-        yield target
-
-
-@contextlib.contextmanager
-def _one_worker(bundle: Path, asked: Sequence[bytes], base: Configuration) -> Iterator[Target | None]:
-    """The base with one worker, warm; None where it has no more itself."""
-    if base.workers == 1:
-        yield None
-        return
-    with serve(bundle, replace(base, workers=1)) as server:
-        target = aim(server, asked)
-        single(target, base.rerank, 50)
-        yield target
+    return Configuration(funnel["retrieve"], funnel["rerank"], workers, UNHURRIED_S)
 
 
 def widths(base: Configuration) -> list[int]:
