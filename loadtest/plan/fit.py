@@ -45,9 +45,7 @@ def fit(calibration: Calibration) -> Calibration:
     if not runs:
         return calibration
     busiest = min(1.0, max(run.work for run in runs) / calibration.cores)
-    alone = [run.lone_s / run.cpu_s for run in runs if run.lone_s]
-    lone = float(np.clip(np.median(alone), *LONE)) if alone else 1.0
-    warm = replace(calibration, warmth=warmth(calibration, runs), busiest=busiest, lone=lone)
+    warm = replace(calibration, warmth=warmth(calibration, runs), busiest=busiest, lone=lone(runs))
     runs = [run for run in runs if run.work <= EASY * calibration.cores] or runs[:1]
     wake_s, beyond_s = waits(warm, runs)
     fitted = replace(warm, wake_s=wake_s, beyond_s=beyond_s)
@@ -71,6 +69,12 @@ def warmth(calibration: Calibration, runs: Sequence[Loaded]) -> tuple[float, flo
     busiest = min(1.0, float(busy.max()))
     cold, hot = np.clip([cold, cold + more * busiest], *WARMTH)
     return float(cold), float(hot - cold) / busiest
+
+
+def lone(runs: Sequence[Loaded]) -> float:
+    """What a request takes one worker, of what it takes the base's; 1 where none was asked."""
+    shares = [run.lone_s / run.cpu_s for run in runs if run.lone_s]
+    return float(np.clip(np.median(shares), *LONE)) if shares else 1.0
 
 
 def slower(calibration: Calibration, run: Loaded) -> float:

@@ -89,11 +89,11 @@ def test_runs_that_are_alike_say_what_the_cpu_is_but_not_how_it_changes() -> Non
 
 
 def test_what_one_worker_takes_is_the_median_of_where_it_was_asked() -> None:
-    plain = [met((1.0, 0.0), 0.0, rate) for rate in (60, 100, 150, 250)]
-    shares = (0.9, 0.95, 0.92, 0.0)  # 0: not asked
-    loaded = tuple(replace(run, lone_s=share * run.cpu_s) for run, share in zip(plain, shares, strict=True))
-    assert fit(calibration(loaded=loaded)).lone == pytest.approx(0.92)
-    assert fit(calibration(loaded=tuple(plain))).lone == 1.0
+    plain = Loaded(100, 1_000, 0.01, 0.02, 1.0, 1 * MS, 5 * MS, 10.0)
+    asked = [replace(plain, lone_s=share * plain.cpu_s) for share in (0.9, 0.95, 0.92, 0.0)]  # 0: not asked
+    assert fit_module.lone(asked) == pytest.approx(0.92)
+    assert fit_module.lone([plain]) == 1.0
+    assert fit_module.lone([replace(plain, lone_s=9 * MS)]) == fit_module.LONE[1]
 
 
 def test_warmth_stays_within_what_a_machine_can_do() -> None:
